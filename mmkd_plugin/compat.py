@@ -1,0 +1,77 @@
+"""Makes MMRazor importable on torch 2, and checks the stack it stands on.
+
+MMRazor 1.0.0 builds quantisation tables at import from torch internals that
+torch 2 renamed or removed, so ``import mmrazor.models`` fails there with
+"`torch>=1.13` is not installed properly" and takes every distillation class
+down with it. Distillation needs none of it: where, and only where, the real
+``mmrazor.structures.quantization`` fails to import, a placeholder takes its
+place, and whoever uses a quantiser is told so.
+
+Nothing else in this package changes another library.
+"""
+import sys
+from importlib import import_module
+from types import ModuleType
+
+_QUANTISATION = 'mmrazor.structures.quantization'
+_STACK = {
+    'torch': 'torch',
+    'mmengine': 'mmengine',
+    'mmcv': '"mmcv>=2.0.0rc4,<2.2.0"',
+    'mmcv.ops': '"mmcv>=2.0.0rc4,<2.2.0" (after `pip uninstall mmcv-lite`, which has no compiled ops)',
+    'mmdet': '"mmdet>=3.0.0,<3.4.0"',
+    'mmpretrain': '"mmpretrain>=1.0.0,<1.3.0"',
+    'joblib': 'joblib',
+    'ordered_set': 'ordered_set',
+    'mmrazor': '"mmrazor==1.0.0"',
+}
+
+
+class StackError(RuntimeError):
+    """A package is missing or does not fit.
+
+    Not an ``ImportError``, because MMEngine's registry swallows those and
+    would report only that a class is not registered.
+    """
+
+
+class _Unavailable:
+    """Stands for a quantisation class; any use of it raises."""
+
+    def __init__(self, name: str, reason: Exception):
+        self.__dict__.update(_name=name, _reason=reason)
+
+    def _refuse(self, *_, **__):
+        import torch
+        raise StackError(
+            f'{self._name}: quantisation of mmrazor cannot be used with torch {torch.__version__}, '
+            f'because {_QUANTISATION} fails to import there ({self._reason}). '
+            'Use torch 1.13 for quantisation; distillation, pruning and NAS work.') from self._reason
+
+    __call__ = __getitem__ = __getattr__ = _refuse
+
+
+def check_stack() -> None:
+    """Raises :class:`StackError`, one sentence, if a package is missing or clashes."""
+    for module, requirement in _STACK.items():
+        try:
+            import_module(module)
+        except (ImportError, AssertionError) as error:  # OpenMMLab asserts versions at import
+            raise StackError(f'mmkd_plugin cannot use {module} ({error}): '
+                             f'run `pip install {requirement}`.') from error
+
+
+def make_mmrazor_importable() -> None:
+    """Puts a placeholder for MMRazor's quantisation tables where the real ones fail to import."""
+    if 'mmrazor.models' in sys.modules or _QUANTISATION in sys.modules:
+        return
+    try:
+        import_module(_QUANTISATION)
+    except Exception as error:  # torch 2.x breaks it with ImportError, AttributeError and others
+        for name in [name for name in sys.modules if name.startswith('mmrazor.structures')]:
+            del sys.modules[name]
+        placeholder = ModuleType(_QUANTISATION, f'Placeholder of mmkd_plugin: {error}')
+        placeholder.__all__ = []
+        for name in ('BackendConfigs', 'QConfigHandler', 'QSchemeHandler'):
+            setattr(placeholder, name, _Unavailable(name, error))
+        sys.modules[_QUANTISATION] = placeholder

@@ -1,0 +1,5 @@
+import mmrazor.models  # noqa: F401  registers what the configs here take from MMRazor
+
+from .algorithms import *  # noqa: F403
+from .distillers import *  # noqa: F403
+from .losses import *  # noqa: F403

@@ -1,0 +1,3 @@
+from .teacher_student_distill import TeacherStudentDistill
+
+__all__ = ['TeacherStudentDistill']

@@ -1,0 +1,75 @@
+"""Weights of distillation losses that change during training."""
+import math
+from fnmatch import fnmatchcase
+
+from mmengine.logging import MessageHub
+
+from ...utils import check_number, closest
+
+_SHAPES = {
+    'constant': lambda t: 1.0,
+    'linear': lambda t: t,
+    'cosine': lambda t: (1 - math.cos(math.pi * t)) / 2,
+}
+
+
+class LossSchedule:
+    """A factor that goes from ``start_factor`` at ``begin`` to ``end_factor`` at ``end``.
+
+    It is a pure function of the iteration that MMEngine restores on resume, so
+    that it needs no state. Outside a ``Runner`` the iteration is 0.
+
+    Args:
+        type: ``'linear'`` or ``'cosine'``; ``'constant'`` holds ``end_factor`` from the beginning.
+        start_factor: factor up to ``begin``, >= 0. A warm-up has 0.
+        end_factor: factor from ``end`` on, >= 0. A decay to zero has 0.
+        begin: where the change begins, >= 0.
+        end: where it ends, > ``begin``; None is the end of training.
+        by_epoch: whether ``begin`` and ``end`` count epochs instead of iterations.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self,
+                 type: str = 'linear',
+                 start_factor: float = 1.0,
+                 end_factor: float = 1.0,
+                 begin: int = 0,
+                 end: int | None = None,
+                 by_epoch: bool = False) -> None:
+        if type not in _SHAPES:
+            raise ValueError(f'loss_schedules: no type {type!r}; {closest(type, _SHAPES)}')
+        self.shape = _SHAPES[type]
+        self.start_factor = check_number('loss_schedules.start_factor', start_factor, least=0)
+        self.end_factor = check_number('loss_schedules.end_factor', end_factor, least=0)
+        self.begin = check_number('loss_schedules.begin', begin, least=0)
+        self.end = end if end is None else check_number('loss_schedules.end', end, above=begin)
+        self.by_epoch = by_epoch
+
+    def __call__(self) -> float:
+        """Returns the factor at the current iteration."""
+        hub = MessageHub.get_current_instance()
+        now, length = hub.get_info('iter', 0), hub.get_info('max_iters', 1)
+        if self.by_epoch:
+            epochs = hub.get_info('max_epochs', 1)
+            now, length = now * epochs / length, epochs
+        end = self.end or max(length, self.begin + 1)
+        progress = self.shape(min(max((now - self.begin) / (end - self.begin), 0.0), 1.0))
+        return self.start_factor + (self.end_factor - self.start_factor) * progress
+
+
+def build_schedules(config: dict[str, dict | list[dict]], losses: list[str]) -> dict[str, list[LossSchedule]]:
+    """Returns the schedules of each loss; keys of ``config`` are names of losses, or patterns such as ``loss_amd*``.
+
+    Several schedules of one loss multiply: a warm-up and a later decay, say.
+    """
+    schedules: dict[str, list[LossSchedule]] = {}
+    for pattern, entries in config.items():
+        matching = [loss for loss in losses if fnmatchcase(loss, pattern)]
+        if not matching:
+            raise ValueError(f'loss_schedules: no distillation loss is named {pattern!r}; {closest(pattern, losses)}')
+        for loss in matching:
+            for entry in [entries] if isinstance(entries, dict) else entries:
+                schedules.setdefault(loss, []).append(LossSchedule(**entry))
+    return schedules

@@ -1,0 +1,266 @@
+"""A frozen teacher, a student and what it is to learn."""
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+from mmrazor.models.algorithms import SingleTeacherDistill
+from mmrazor.models.utils import add_prefix
+from mmrazor.registry import MODELS as RAZOR_MODELS
+from torch import Tensor, nn
+
+from ...checkpoint import STUDENT_PREFIX, load_completely
+from ...registry import MODELS
+from ..recording import PartialForward, check_sources, record_blank_image
+from .inherit import check_inherit, inherit_modules, num_classes
+from .loss_schedule import build_schedules
+from .renormalize import Renormalize
+
+
+@MODELS.register_module()
+class TeacherStudentDistill(SingleTeacherDistill):
+    """MMRazor's ``SingleTeacherDistill`` for production: nothing silent, nothing for nothing.
+
+    - The teacher is in eval mode, without gradient, and runs no further than
+      its recorders read. It is no submodule: no checkpoint, EMA copy,
+      optimiser or parallel wrapper sees it; a resume reads it from its own file.
+    - The student's preprocessor makes the batch. A teacher with another
+      normalisation or channel order gets it renormalised.
+    - What does not fit is found when the model is built.
+
+    Unscoped types within ``distiller`` are MMRazor's.
+
+    Args:
+        architecture: the student, a config or a built model.
+        teacher: the teacher, likewise. Both take ``dict(cfg_path=...)``.
+        distiller: config of MMRazor's ``ConfigurableDistiller``,
+            :class:`AMDDistiller` or another.
+        teacher_ckpt: the teacher's weights, a file or address; every weight
+            must fit.
+        student_ckpt: weights that the student starts from, likewise.
+        inherit: names of student modules, such as ``['neck', 'bbox_head']``,
+            that start from the teacher's weights where names and shapes agree
+            (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529).
+        allow_random_teacher: whether a teacher without weights is meant.
+        loss_schedules: by name of a distillation loss or a pattern such as
+            ``'loss_amd*'``, the arguments of :class:`LossSchedule`, or a list of them, which multiply.
+        data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
+        init_cfg: as in MMEngine.
+
+    Raises:
+        ValueError: a field is wrong; says which, what was given and what was expected.
+    """
+
+    def __init__(self,
+                 architecture: dict | BaseModel,
+                 teacher: dict | BaseModel,
+                 distiller: dict,
+                 teacher_ckpt: str | None = None,
+                 student_ckpt: str | None = None,
+                 inherit: Sequence[str] = (),
+                 allow_random_teacher: bool = False,
+                 loss_schedules: dict | None = None,
+                 data_preprocessor: dict | nn.Module | None = None,
+                 init_cfg: dict | None = None) -> None:
+        _check_cfg_path('architecture', architecture)
+        _check_cfg_path('teacher', teacher)
+        if isinstance(teacher, dict) and not (teacher_ckpt or allow_random_teacher or teacher.get('pretrained')):
+            raise ValueError('teacher_ckpt is missing: a teacher without weights teaches noise. Give its checkpoint, '
+                             'or allow_random_teacher=True if that is meant')
+
+        # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain).
+        if isinstance(architecture, dict) and 'cfg_path' not in architecture and data_preprocessor is not None:
+            architecture = dict(architecture)
+            architecture.setdefault('data_preprocessor', data_preprocessor)
+            data_preprocessor = None
+        if isinstance(architecture, dict):
+            architecture = RAZOR_MODELS.build(architecture)
+
+        # The student's random start is the one it has when trained alone with the same seed.
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(teacher, dict):
+                teacher = RAZOR_MODELS.build(teacher)
+            if teacher_ckpt:
+                load_completely(teacher, teacher_ckpt, 'teacher_ckpt')
+            check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
+            check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
+            try:
+                with DefaultScope.overwrite_default_scope('mmrazor'):
+                    super().__init__(architecture=architecture, teacher=teacher, distiller=distiller,
+                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+            except AssertionError as error:  # how MMRazor answers a wrong distiller
+                raise ValueError(f'distiller: {error}') from error
+            del self.teacher  # registered as a submodule by the base class
+            self.__dict__['teacher'] = teacher.eval()
+            self.__dict__['_teacher_forward'] = self._wire_teacher()
+
+        if student_ckpt:
+            load_completely(self.student, student_ckpt, 'student_ckpt')
+            self.student._is_init = True
+        self.inherit = check_inherit(inherit, self.student, teacher)
+        self.__dict__['_renormalize'] = Renormalize.between(self.data_preprocessor, teacher.data_preprocessor)
+        self._schedules = build_schedules(loss_schedules or {}, list(self.distiller.distill_losses))
+        self.register_load_state_dict_post_hook(_refuse_partial_load)
+
+    @property
+    def _outside(self) -> list[nn.Module]:
+        """Modules that belong to the device, but not to the state, of this one."""
+        return [module for module in (self.__dict__.get('teacher'), self.__dict__.get('_renormalize')) if module]
+
+    def _apply(self, fn, *args, **kwargs):
+        for module in self._outside:
+            module._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> 'TeacherStudentDistill':
+        """Shares the frozen teacher, so that an EMA copy costs only the student."""
+        memo.update({id(self.__dict__[name]): self.__dict__[name]
+                     for name in ('teacher', '_renormalize', '_teacher_forward')})
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
+    def train(self, mode: bool = True) -> 'TeacherStudentDistill':
+        nn.Module.train(self, mode)  # the teacher, outside, stays in eval mode
+        return self
+
+    def init_weights(self) -> None:
+        """Initialises the student as if alone, then the distiller, then what the student inherits."""
+        if not self.student.is_init:
+            self.student.init_weights()
+        with torch.random.fork_rng(devices=[]):
+            super().init_weights()
+        inherit_modules(self.inherit, self.student, self.teacher)
+
+    def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
+        """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses."""
+        distilling = not self.distillation_stopped
+        if distilling:
+            self.distiller.set_deliveries_override(False)
+            t_inputs = self._renormalize(batch_inputs, data_samples) if self._renormalize else batch_inputs
+            with torch.no_grad(), self.distiller.deliveries:
+                self._teacher_forward(t_inputs, data_samples)
+        self.distiller.set_deliveries_override(True)
+        with self.distiller.student_recorders, self.distiller.deliveries:
+            losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
+        if distilling:
+            losses.update(add_prefix(self._distill_losses(), 'distill'))
+        self._forget_records()
+        return losses
+
+    def _forget_records(self) -> None:
+        """Lets go of the step's features and graph."""
+        for recorders in (self.distiller.student_recorders, self.distiller.teacher_recorders):
+            for recorder in recorders.recorders.values():
+                recorder.reset_data_buffer()
+
+    def _distill_losses(self) -> dict[str, Tensor]:
+        losses = self.distiller.compute_distill_losses()
+        for name, schedules in self._schedules.items():
+            for schedule in schedules:
+                losses[name] = losses[name] * schedule()
+        return losses
+
+    def _wire_teacher(self) -> PartialForward:
+        """Tries every distillation loss on a blank image; returns the teacher's part that they read."""
+        distiller = self.distiller
+        mappings = distiller.loss_forward_mappings
+        calls: dict[bool, dict[str, int]] = {True: {}, False: {}}
+        for record in (record for inputs in mappings.values() for record in inputs.values()):
+            counts, name = calls[record['from_student']], record['recorder']
+            counts[name] = max(counts.get(name, 1), record.get('record_idx', 0) + 1)
+        record_blank_image(self.student, distiller.student_recorders, calls[True])
+        record_blank_image(self.teacher, distiller.teacher_recorders, calls[False])
+        self._check_classes()
+        training = distiller.training
+        distiller.eval()  # running statistics of connectors are not for blank images
+        for loss, inputs in mappings.items():
+            self._try_loss(loss, inputs)
+        distiller.train(training)
+        self._forget_records()
+
+        forward = PartialForward(self.teacher, distiller.teacher_recorders, calls[False])
+        if distiller.deliveries.deliveries:  # what they carry may only come about in the loss
+            forward.mode = 'loss'
+        return forward
+
+    @torch.no_grad()
+    def _try_loss(self, loss: str, inputs: dict[str, dict]) -> None:
+        distiller = self.distiller
+        recorders = {True: distiller.student_recorders, False: distiller.teacher_recorders}
+        if not all(recorders[record['from_student']].get_recorder(record['recorder']).data_buffer
+                   for record in inputs.values()):
+            return  # recorded in the loss only
+        values = {True: [], False: []}
+        for record in inputs.values():
+            plain = {key: value for key, value in record.items() if 'connector' not in key}
+            value = distiller.get_record(**plain)
+            if plain == record and isinstance(value, Tensor):
+                values[record['from_student']].append(value)
+        sizes = [[value.shape[2:] for value in values[side] if value.dim() == 4] for side in (True, False)]
+        if len(sizes[0]) == len(sizes[1]) == 1 and sizes[0] != sizes[1]:
+            raise ValueError(f'{loss}: the strides differ: an image of 224 x 224 gives maps of {tuple(sizes[0][0])} in '
+                             f'the student and {tuple(sizes[1][0])} in the teacher; choose layers of equal stride')
+        try:
+            arguments = {name: distiller.get_record(**record) for name, record in inputs.items()}
+            distiller.distill_losses[loss](**arguments)
+        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+            given = {name: tuple(value.shape) for value, (name, record) in (
+                (distiller.get_record(**{k: v for k, v in record.items() if 'connector' not in k}), (name, record))
+                for name, record in inputs.items()) if isinstance(value, Tensor)}
+            raise ValueError(f'{loss} or its connectors cannot take what is recorded for it, {given}: {error}') from error
+
+    def _check_classes(self) -> None:
+        s_classes, t_classes = num_classes(self.student), num_classes(self.teacher)
+        if s_classes == t_classes:
+            return
+        message = f'the student tells {s_classes} classes apart, the teacher {t_classes}'
+        for loss, inputs in self.distiller.loss_forward_mappings.items():
+            for record in inputs.values():
+                source = self.distiller.teacher_recorders.recorders.get(record['recorder'])
+                if not record['from_student'] and 'head' in source.source:
+                    raise ValueError(f'{loss} reads {source.source!r}, but {message}')
+        print_log(f'num_classes: {message}; only features are distilled.', logger='current', level=logging.WARNING)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs) -> None:
+        """Takes a checkpoint of this algorithm, which must fit entirely, or of the plain student."""
+        student = prefix + STUDENT_PREFIX
+        whole = any(key.startswith(student) for key in state_dict)
+        self.__dict__['_whole_load'] = (error_msgs if whole else None, unexpected_keys)
+        if not whole:
+            names = self.student.state_dict()
+            if not any(prefix + name in state_dict for name in names):
+                given = ', '.join(list(state_dict)[:5])
+                raise ValueError(f'load_from: no weight of the student, {type(self.student).__name__}, is in the '
+                                 f'checkpoint, which has {given}, ...; the student has {", ".join(list(names)[:5])}, ...')
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[student + key[len(prefix):]] = state_dict.pop(key)
+        for key in [key for key in state_dict if key.startswith(prefix + 'teacher.')]:
+            del state_dict[key]  # MMRazor's SingleTeacherDistill saves its teacher
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
+
+
+def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
+    """After a load: a checkpoint of the algorithm that fits in part would resume to another training."""
+    error_msgs, unexpected = model.__dict__.pop('_whole_load')
+    missing = [key for key in incompatible.missing_keys if 'num_batches_tracked' not in key]
+    if error_msgs is not None and (missing or unexpected or error_msgs):
+        raise ValueError('The checkpoint does not fit the model of this config:\n' + '\n'.join(
+            [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
+            + error_msgs[:20]))
+
+
+def _check_cfg_path(field: str, config: dict | BaseModel) -> None:
+    if not isinstance(config, (dict, BaseModel)):
+        raise ValueError(f'{field} must be a config or a model, got {type(config).__name__}')
+    if isinstance(config, dict) and config.get('cfg_path') and not config.get('type'):
+        dropped = sorted(set(config) - {'cfg_path', 'pretrained'})
+        if dropped:
+            raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
+                             f'the config instead: _base_ = [{config["cfg_path"]!r}], then {field}=_base_.model')

@@ -1,0 +1,3 @@
+from .amd_distiller import AMDDistiller
+
+__all__ = ['AMDDistiller']

@@ -1,0 +1,36 @@
+"""Angular margin-based distillation at any layers."""
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...registry import MODELS
+from .layer_distiller import LayerDistiller
+
+
+@MODELS.register_module()
+class AMDDistiller(LayerDistiller):
+    """One :class:`AMDLoss` at each map of each layer, beside any other distillation losses.
+
+    Source: Jeon, Choi, Shukla, Turaga, *Leveraging Angular Distributions for
+    Improved Knowledge Distillation*, arXiv 2302.14130. The losses are named
+    ``loss_amd_LAYER`` with ``_`` for dots, and ``_0``, ``_1``, ... where a layer
+    puts out several maps.
+
+    Args:
+        layers: as in :class:`LayerDistiller`. ``['neck']`` is every pyramid level.
+        amd: arguments of :class:`AMDLoss`, the same at every map. A detector
+            wants ``dict(scale_free=True)``.
+        kwargs: further recorders, connectors and losses, as in MMRazor's ``ConfigurableDistiller``.
+
+    Raises:
+        ValueError: see :class:`LayerDistiller` and :class:`AMDLoss`.
+    """
+
+    def __init__(self, layers: Sequence[str | Sequence[str]], amd: dict | None = None, **kwargs) -> None:
+        super().__init__(layers, **kwargs)
+        self.amd = dict(amd or {}, type='mmkd_plugin.AMDLoss')
+
+    def wire(self, layer: str, level: int | None, s_map: Tensor, t_map: Tensor) -> None:
+        name = 'loss_amd_' + layer.replace('.', '_') + ('' if level is None else f'_{level}')
+        self.add_loss(name, self.amd, s_feature=self.record(layer, level, True),
+                      t_feature=self.record(layer, level, False))

@@ -1,0 +1,3 @@
+from .amd_loss import AMDLoss
+
+__all__ = ['AMDLoss']

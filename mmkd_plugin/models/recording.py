@@ -1,0 +1,121 @@
+"""Runs a model under MMRazor's recorders, and no further than they read."""
+import torch
+from mmrazor.models.task_modules import (ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder,
+                                         RecorderManager)
+from torch import nn
+
+from ..utils import closest
+
+
+def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: str) -> None:
+    """Raises ``ValueError``, with the closest names, for a recorder of a layer or parameter that is not there.
+
+    Args:
+        recorders: configs of recorders, by name.
+        model: whose layers they record.
+        field: of the config that holds them.
+    """
+    for name, recorder in (recorders or {}).items():
+        kind, source = str(recorder.get('type')).split('.')[-1], recorder.get('source')
+        if kind in ('ModuleOutputs', 'ModuleInputs'):
+            known = [name for name, _ in model.named_modules() if name]
+        elif kind == 'Parameter':
+            known = [name for name, _ in model.named_parameters()]
+        else:
+            continue
+        if source not in known:
+            raise ValueError(f'{field}.{name}: {type(model).__name__} has no {source!r}; {closest(source, known)}')
+
+
+class _Recorded(Exception):
+    """All that is read has been recorded."""
+
+
+class PartialForward:
+    """Runs ``model`` until the last of its recorders has what is read of it, then stops it.
+
+    Neck recorders leave the head out, recorders of the second stage of a
+    backbone leave the third out, and no loss is computed. Where a recorder is
+    of a function or method, which may only run in the loss, the whole model runs in
+    mode ``loss``, as in MMRazor.
+
+    Args:
+        model: the network; ``recorders`` have been initialised with it.
+        recorders: MMRazor's manager of the network's recorders.
+        calls: how many calls of a recorder's source are read, by the
+            recorder's name; 1 where not given.
+    """
+
+    def __init__(self, model: nn.Module, recorders: RecorderManager, calls: dict[str, int]) -> None:
+        self.model = model
+        self.recorders = recorders
+        self._needed = []
+        self._hooks = []
+        self._running = False
+        self.mode = 'tensor'
+        modules = dict(model.named_modules())
+        for name, recorder in recorders.recorders.items():
+            if isinstance(recorder, (ModuleOutputsRecorder, ModuleInputsRecorder)):
+                self._needed.append((recorder, calls.get(name, 1)))
+                self._hooks.append(modules[recorder.source].register_forward_hook(self._stop_if_recorded))
+            elif not isinstance(recorder, ParameterRecorder):
+                self.mode = 'loss'
+
+    def _stop_if_recorded(self, *_) -> None:
+        if self._running and self.mode == 'tensor' and all(
+                len(recorder.data_buffer) >= count for recorder, count in self._needed):
+            raise _Recorded
+
+    def __call__(self, inputs: torch.Tensor, data_samples: list | None) -> None:
+        """Fills the recorders' buffers.
+
+        Raises:
+            ValueError: a recorded layer does not run in the model's forward.
+        """
+        self._running = True
+        try:
+            with self.recorders:
+                self.model(inputs, data_samples, mode=self.mode)
+        except _Recorded:
+            return
+        finally:
+            self._running = False
+        silent = [recorder.source for recorder, count in self._needed if len(recorder.data_buffer) < count]
+        if silent:
+            raise ValueError(f'{type(self.model).__name__} did not run {", ".join(silent)} (as often as is read) '
+                             f'in its forward in mode {self.mode!r}: record another layer')
+
+    def remove(self) -> None:
+        """Takes the hooks off the model again."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None) -> None:
+    """Fills the recorders from one blank image of 224 x 224, in eval mode, to learn shapes at build time.
+
+    Nothing is filled if a recorder needs the loss, which would need ground truth.
+    """
+    forward = PartialForward(model, recorders, calls or {})
+    if forward.mode == 'tensor':
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        image = next(model.parameters()).new_zeros(1, channels, 224, 224)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            forward(image, _blank_samples(model))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    forward.remove()
+
+
+def _blank_samples(model: nn.Module) -> list | None:
+    from mmdet.models.detectors import BaseDetector
+    from mmdet.structures import DetDataSample
+    if not isinstance(model, BaseDetector):
+        return None
+    shape = (224, 224)
+    return [DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape,
+                                        batch_input_shape=shape, scale_factor=(1.0, 1.0), img_id=0))]

@@ -1,0 +1,96 @@
+"""Finds missing data and weights before a training starts, not an epoch into it."""
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hub import get_config
+
+from .checkpoint import read_weights
+
+_WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'modelzoo://')
+
+
+def missing_inputs(cfg: Config, training: bool = True) -> list[str]:
+    """Returns a sentence for each file that is not there and cannot be had.
+
+    It says what is missing, where it was looked for and which option supplies it.
+
+    Args:
+        cfg: the whole config.
+        training: whether to look at what training needs, or only at test data.
+    """
+    loaders = ('train_dataloader', 'val_dataloader') if training else ('test_dataloader', )
+    evaluators = ('val_evaluator', ) if training else ('test_evaluator', )
+    found = [sentence for name in loaders if cfg.get(name)
+             for sentence in _missing_data(cfg[name].get('dataset', {}), f'{name}.dataset')]
+    for name in evaluators:
+        metrics = cfg.get(name) or []
+        for metric in metrics if isinstance(metrics, list) else [metrics]:
+            ann_file = metric.get('ann_file')
+            if ann_file and not Path(ann_file).exists():
+                found.append(_sentence(f'{name}.ann_file', ann_file))
+    if found and cfg.get('data_command'):
+        found.append(f'To make this data: {cfg.data_command}')
+    return found + (list(_missing_weights(cfg)) if training else [])
+
+
+def _sentence(option: str, path: str | Path, why: str = '') -> str:
+    return (f'{option} is not there: looked for {str(path)!r}'
+            f'{f" in {Path.cwd()}" if not (why or Path(path).is_absolute()) else ""}{why}; '
+            f'supply it with --cfg-options {option}=PATH')
+
+
+def _missing_data(dataset: dict, option: str) -> Iterator[str]:
+    for key in ('dataset', 'datasets'):  # wrappers such as RepeatDataset and ConcatDataset
+        inner = dataset.get(key, [])
+        for index, child in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
+            place = f'{option}.{key}' + (f'.{index}' if isinstance(inner, (list, tuple)) else '')
+            yield from _missing_data(child, place)
+    if dataset.get('backend_args'):
+        return  # not on this machine's disk
+    root = Path(dataset.get('data_root') or '')
+    if dataset.get('data_root') and not root.exists():
+        yield _sentence(f'{option}.data_root', root)
+        return
+    parts = {f'{option}.ann_file': dataset.get('ann_file')}
+    prefix = dataset.get('data_prefix') or {}
+    parts.update({f'{option}.data_prefix.{key}': value for key, value in prefix.items()}
+                 if isinstance(prefix, dict) else {f'{option}.data_prefix': prefix})
+    for name, part in parts.items():
+        if part and not (root / part).exists():
+            yield _sentence(name, root / part)
+
+
+def _missing_weights(cfg: Config) -> Iterator[str]:
+    model = cfg.model
+    for name in ('teacher_ckpt', 'student_ckpt'):
+        if model.get(name):
+            yield from _missing_file(model[name], f'model.{name}')
+    if cfg.get('load_from'):
+        yield from _missing_file(cfg.load_from, 'load_from')
+    if not model.get('student_ckpt'):
+        student = model.get('architecture', model)
+        inherited = student.get('cfg_path')
+        student = get_config(inherited).model if inherited else student
+        yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model')
+
+
+def _missing_pretrained(node: dict | list, option: str) -> Iterator[str]:
+    if isinstance(node, dict) and str(node.get('type')).endswith('Pretrained') and node.get('checkpoint'):
+        yield from _missing_file(node['checkpoint'], f'{option}.checkpoint')
+        return
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            yield from _missing_pretrained(value, f'{option}.{key}')
+
+
+def _missing_file(path: str, option: str) -> Iterator[str]:
+    if not path.startswith(_WEIGHTS):
+        if not Path(path).exists():
+            yield _sentence(option, path)
+        return
+    try:
+        read_weights(path, option)  # downloads it, once, to where MMEngine will look for it
+    except ValueError as error:
+        yield _sentence(option, path, f' ({error.__cause__})')

@@ -1,0 +1,18 @@
+"""The plugin's registries, children of MMEngine's root registries.
+
+Being children of the root, and named by the package, they are found from the
+config of any OpenMMLab library: ``type='mmkd_plugin.AMDLoss'`` imports this
+module, then ``locations``, and needs no ``custom_imports``.
+"""
+from mmengine import registry as root
+from mmengine.registry import Registry
+
+
+def _child(parent: Registry, location: str) -> Registry:
+    return Registry(
+        parent.name, parent=parent, scope='mmkd_plugin', locations=[f'mmkd_plugin.{location}'])
+
+
+MODELS = _child(root.MODELS, 'models')
+DATASETS = _child(root.DATASETS, 'datasets')
+HOOKS = _child(root.HOOKS, 'engine')

@@ -1,0 +1,73 @@
+"""The student by itself: its plain config, and its weights as a checkpoint that needs nothing of ours."""
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader, weights_to_cpu
+
+from .checkpoint import load_completely
+
+
+def plain_config(cfg: Config) -> Config:
+    """Returns the config of the student alone; a config without a teacher comes back as it is.
+
+    Hooks that only make sense beside a teacher go with it; data, schedule and
+    evaluation stay.
+    """
+    cfg = cfg.copy()
+    if 'architecture' not in cfg.model:
+        return cfg
+    student = cfg.model.architecture
+    if student.get('cfg_path'):
+        library = get_config(student.cfg_path)
+        student = library.model
+        if 'data_preprocessor' in library:
+            student.setdefault('data_preprocessor', library.data_preprocessor)
+        cfg.default_scope = library.default_scope
+    if 'data_preprocessor' in cfg.model:
+        student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
+    cfg.model = student
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', [])
+                        if not str(hook.get('type')).startswith(('mmkd_plugin.', 'mmrazor.'))]
+    return cfg
+
+
+def build_student(cfg: Config, checkpoint: str) -> BaseModel:
+    """Builds the plain student with the weights of ``checkpoint``, exported or of a distillation.
+
+    Raises:
+        ValueError: the checkpoint does not fit the student entirely.
+    """
+    cfg = plain_config(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(cfg.model)
+    load_completely(model, checkpoint, 'checkpoint')
+    return model
+
+
+def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = False) -> None:
+    """Writes the student of ``checkpoint`` to ``out``, loadable by plain MMDetection or MMPretrain.
+
+    The file has ``state_dict`` and ``meta`` (the classes, and the plain config as text), as
+    those libraries write it. It is written whole or not at all.
+
+    Raises:
+        ValueError: the weights do not fit the student, or ``out`` exists and
+            ``overwrite`` is False.
+    """
+    path = Path(out)
+    if path.exists() and not overwrite:
+        raise ValueError(f'out: {out!r} exists; choose another name, or overwrite it with --overwrite')
+    model = build_student(cfg, checkpoint)
+    meta = dict(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu').get('meta', {}))
+    meta['cfg'] = plain_config(cfg).pretty_text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f'{path.name}.unfinished')
+    torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), unfinished)
+    os.replace(unfinished, path)

@@ -1,0 +1,29 @@
+"""How the plugin answers bad input: what field, what was given, what was expected."""
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def check_number(field: str,
+                 value: float,
+                 least: float | None = None,
+                 most: float | None = None,
+                 above: float | None = None,
+                 whole: bool = False) -> float:
+    """Returns ``value`` if it is a finite number within the bounds, else raises ``ValueError``."""
+    kind = int if whole else (int, float)
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not (fits and (least is None or value >= least) and (most is None or value <= most)
+            and (above is None or value > above)):
+        bounds = [f'{sign} {bound}' for sign, bound in (('>=', least), ('>', above), ('<=', most))
+                  if bound is not None]
+        raise ValueError(f'{field} must be a {"whole" if whole else "finite"} number '
+                         f'{" and ".join(bounds)}, got {value!r}')
+    return value
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: what it may have been meant to be."""
+    names = list(names)
+    matches = get_close_matches(str(name), names, n=5, cutoff=0.4) or names[:10]
+    return f'the closest are: {", ".join(matches)}' if matches else 'there are none'

@@ -1,0 +1,48 @@
+"""Tests the student of a distillation, from a training checkpoint or an exported one. Needs no teacher."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.preflight import missing_inputs
+from mmkd_plugin.student import build_student, plain_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of the distillation, or of the plain model')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='where the log goes; default work_dirs/CONFIG')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override fields of the config')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    missing = missing_inputs(cfg, training=False)
+    if missing:
+        sys.exit('\n'.join(missing))
+    student = build_student(cfg, args.checkpoint)
+    cfg = plain_config(cfg)
+    cfg.load_from = None
+    cfg.resume = False
+    runner = Runner.from_cfg(cfg)
+    runner.model.load_state_dict(student.state_dict())
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()
