@@ -3,8 +3,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.hub import get_config
 
+from .cfg_path import read_cfg_path
 from .checkpoint import read_weights
 
 _WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'modelzoo://')
@@ -71,7 +71,7 @@ def _missing_weights(cfg: Config) -> Iterator[str]:
     if not model.get('student_ckpt'):
         student = model.get('architecture', model)
         inherited = student.get('cfg_path')
-        student = get_config(inherited).model if inherited else student
+        student = read_cfg_path(inherited, 'architecture').model if inherited else student
         yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model')
 
 

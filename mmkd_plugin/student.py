@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.hub import get_config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader, weights_to_cpu
 
+from .cfg_path import read_cfg_path
 from .checkpoint import load_completely
 
 
@@ -23,10 +23,8 @@ def plain_config(cfg: Config) -> Config:
         return cfg
     student = cfg.model.architecture
     if student.get('cfg_path'):
-        library = get_config(student.cfg_path)
+        library = read_cfg_path(student.cfg_path, 'architecture')
         student = library.model
-        if 'data_preprocessor' in library:
-            student.setdefault('data_preprocessor', library.data_preprocessor)
         cfg.default_scope = library.default_scope
     if 'data_preprocessor' in cfg.model:
         student.setdefault('data_preprocessor', cfg.model.data_preprocessor)

@@ -1,7 +1,6 @@
 """Runs a model under MMRazor's recorders, and no further than they read."""
 import torch
-from mmrazor.models.task_modules import (ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder,
-                                         RecorderManager)
+from mmrazor.models.task_modules import ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder, RecorderManager
 from torch import nn
 
 from ..utils import closest
@@ -72,6 +71,8 @@ class PartialForward:
         Raises:
             ValueError: a recorded layer does not run in the model's forward.
         """
+        if not self.recorders.recorders:
+            return
         self._running = True
         try:
             with self.recorders:

@@ -1,10 +1,8 @@
 """A frozen teacher, a student and what it is to learn."""
 import copy
-import logging
 from collections.abc import Sequence
 
 import torch
-from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmrazor.models.algorithms import SingleTeacherDistill
@@ -12,10 +10,12 @@ from mmrazor.models.utils import add_prefix
 from mmrazor.registry import MODELS as RAZOR_MODELS
 from torch import Tensor, nn
 
+from ...cfg_path import build_cfg_path
 from ...checkpoint import STUDENT_PREFIX, load_completely
 from ...registry import MODELS
-from ..recording import PartialForward, check_sources, record_blank_image
-from .inherit import check_inherit, inherit_modules, num_classes
+from ..recording import PartialForward, check_sources
+from .dry_run import dry_run
+from .inherit import check_inherit, inherit_modules
 from .loss_schedule import build_schedules
 from .renormalize import Renormalize
 
@@ -35,7 +35,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
 
     Args:
         architecture: the student, a config or a built model.
-        teacher: the teacher, likewise. Both take ``dict(cfg_path=...)``.
+        teacher: the teacher, likewise. Both take ``dict(cfg_path=...)``, of a
+            library's config (``'mmdet::...'``) or a file of one's own.
         distiller: config of MMRazor's ``ConfigurableDistiller``,
             :class:`AMDDistiller` or another.
         teacher_ckpt: the teacher's weights, a file or address; every weight
@@ -65,8 +66,6 @@ class TeacherStudentDistill(SingleTeacherDistill):
                  loss_schedules: dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None,
                  init_cfg: dict | None = None) -> None:
-        _check_cfg_path('architecture', architecture)
-        _check_cfg_path('teacher', teacher)
         if isinstance(teacher, dict) and not (teacher_ckpt or allow_random_teacher or teacher.get('pretrained')):
             raise ValueError('teacher_ckpt is missing: a teacher without weights teaches noise. Give its checkpoint, '
                              'or allow_random_teacher=True if that is meant')
@@ -76,13 +75,11 @@ class TeacherStudentDistill(SingleTeacherDistill):
             architecture = dict(architecture)
             architecture.setdefault('data_preprocessor', data_preprocessor)
             data_preprocessor = None
-        if isinstance(architecture, dict):
-            architecture = RAZOR_MODELS.build(architecture)
+        architecture = _build('architecture', architecture)
 
         # The student's random start is the one it has when trained alone with the same seed.
         with torch.random.fork_rng(devices=[]):
-            if isinstance(teacher, dict):
-                teacher = RAZOR_MODELS.build(teacher)
+            teacher = _build('teacher', teacher)
             if teacher_ckpt:
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt')
             check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
@@ -166,65 +163,13 @@ class TeacherStudentDistill(SingleTeacherDistill):
         return losses
 
     def _wire_teacher(self) -> PartialForward:
-        """Tries every distillation loss on a blank image; returns the teacher's part that they read."""
-        distiller = self.distiller
-        mappings = distiller.loss_forward_mappings
-        calls: dict[bool, dict[str, int]] = {True: {}, False: {}}
-        for record in (record for inputs in mappings.values() for record in inputs.values()):
-            counts, name = calls[record['from_student']], record['recorder']
-            counts[name] = max(counts.get(name, 1), record.get('record_idx', 0) + 1)
-        record_blank_image(self.student, distiller.student_recorders, calls[True])
-        record_blank_image(self.teacher, distiller.teacher_recorders, calls[False])
-        self._check_classes()
-        training = distiller.training
-        distiller.eval()  # running statistics of connectors are not for blank images
-        for loss, inputs in mappings.items():
-            self._try_loss(loss, inputs)
-        distiller.train(training)
+        """Returns the part of the teacher that the losses read, after trying them."""
+        calls = dry_run(self.distiller, self.student, self.teacher)
         self._forget_records()
-
-        forward = PartialForward(self.teacher, distiller.teacher_recorders, calls[False])
-        if distiller.deliveries.deliveries:  # what they carry may only come about in the loss
+        forward = PartialForward(self.teacher, self.distiller.teacher_recorders, calls)
+        if self.distiller.deliveries.deliveries:  # what they carry may only come about in the loss
             forward.mode = 'loss'
         return forward
-
-    @torch.no_grad()
-    def _try_loss(self, loss: str, inputs: dict[str, dict]) -> None:
-        distiller = self.distiller
-        recorders = {True: distiller.student_recorders, False: distiller.teacher_recorders}
-        if not all(recorders[record['from_student']].get_recorder(record['recorder']).data_buffer
-                   for record in inputs.values()):
-            return  # recorded in the loss only
-        values = {True: [], False: []}
-        for record in inputs.values():
-            plain = {key: value for key, value in record.items() if 'connector' not in key}
-            value = distiller.get_record(**plain)
-            if plain == record and isinstance(value, Tensor):
-                values[record['from_student']].append(value)
-        sizes = [[value.shape[2:] for value in values[side] if value.dim() == 4] for side in (True, False)]
-        if len(sizes[0]) == len(sizes[1]) == 1 and sizes[0] != sizes[1]:
-            raise ValueError(f'{loss}: the strides differ: an image of 224 x 224 gives maps of {tuple(sizes[0][0])} in '
-                             f'the student and {tuple(sizes[1][0])} in the teacher; choose layers of equal stride')
-        try:
-            arguments = {name: distiller.get_record(**record) for name, record in inputs.items()}
-            distiller.distill_losses[loss](**arguments)
-        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
-            given = {name: tuple(value.shape) for value, (name, record) in (
-                (distiller.get_record(**{k: v for k, v in record.items() if 'connector' not in k}), (name, record))
-                for name, record in inputs.items()) if isinstance(value, Tensor)}
-            raise ValueError(f'{loss} or its connectors cannot take what is recorded for it, {given}: {error}') from error
-
-    def _check_classes(self) -> None:
-        s_classes, t_classes = num_classes(self.student), num_classes(self.teacher)
-        if s_classes == t_classes:
-            return
-        message = f'the student tells {s_classes} classes apart, the teacher {t_classes}'
-        for loss, inputs in self.distiller.loss_forward_mappings.items():
-            for record in inputs.values():
-                source = self.distiller.teacher_recorders.recorders.get(record['recorder'])
-                if not record['from_student'] and 'head' in source.source:
-                    raise ValueError(f'{loss} reads {source.source!r}, but {message}')
-        print_log(f'num_classes: {message}; only features are distilled.', logger='current', level=logging.WARNING)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:
@@ -237,7 +182,7 @@ class TeacherStudentDistill(SingleTeacherDistill):
             if not any(prefix + name in state_dict for name in names):
                 given = ', '.join(list(state_dict)[:5])
                 raise ValueError(f'load_from: no weight of the student, {type(self.student).__name__}, is in the '
-                                 f'checkpoint, which has {given}, ...; the student has {", ".join(list(names)[:5])}, ...')
+                                 f'checkpoint, which has {given}, ...; it has {", ".join(list(names)[:5])}, ...')
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 state_dict[student + key[len(prefix):]] = state_dict.pop(key)
         for key in [key for key in state_dict if key.startswith(prefix + 'teacher.')]:
@@ -256,11 +201,16 @@ def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
             + error_msgs[:20]))
 
 
-def _check_cfg_path(field: str, config: dict | BaseModel) -> None:
-    if not isinstance(config, (dict, BaseModel)):
-        raise ValueError(f'{field} must be a config or a model, got {type(config).__name__}')
-    if isinstance(config, dict) and config.get('cfg_path') and not config.get('type'):
-        dropped = sorted(set(config) - {'cfg_path', 'pretrained'})
-        if dropped:
-            raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
-                             f'the config instead: _base_ = [{config["cfg_path"]!r}], then {field}=_base_.model')
+def _build(field: str, model: dict | BaseModel) -> BaseModel:
+    """Returns the model of a config, of ``dict(cfg_path=...)``, or the one given."""
+    if not isinstance(model, (dict, BaseModel)):
+        raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}')
+    if isinstance(model, BaseModel):
+        return model
+    if not model.get('cfg_path') or model.get('type'):
+        return RAZOR_MODELS.build(model)
+    dropped = sorted(set(model) - {'cfg_path', 'pretrained'})
+    if dropped:
+        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
+                         f'the config instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
+    return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False))

@@ -54,7 +54,7 @@ class LayerDistiller(ConfigurableDistiller):
         self.layers = list(pairs)
 
     def written_config(self) -> str:
-        """Returns the ``ConfigurableDistiller`` config that does the same, as Python; whole once the models are there."""
+        """Returns, once the models are there, the ``ConfigurableDistiller`` config that does the same, as Python."""
         return Config(dict(distiller=self._written)).pretty_text
 
     def prepare_from_student(self, model: nn.Module) -> None:

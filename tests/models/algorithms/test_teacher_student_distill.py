@@ -122,6 +122,12 @@ def test_the_student_starts_as_it_would_alone(build):
         assert torch.equal(value, distilled.student.state_dict()[key]), key
 
 
+def test_a_model_by_the_path_of_its_config(build, tmp_path):
+    (tmp_path / 'mine.py').write_text(f"default_scope = 'mmdet'\nmodel = {retinanet(16)!r}")
+    model = build(distill(teacher=dict(cfg_path=str(tmp_path / 'mine.py'))))
+    assert model.teacher.backbone.base_channels == 16
+
+
 def test_zero_weight_is_training_alone_to_the_bit(build):
     alone, distilled = build(retinanet(8)), build(distill(distiller=dict(AMD, amd=dict(loss_weight=0.0))))
     states = []
@@ -173,6 +179,8 @@ def test_a_teacher_that_does_not_fit_is_refused_with_a_list(build, teacher_file,
     (dict(architecture=dict(cfg_path='mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', neck={})),
      'architecture: neck beside cfg_path'),
     (dict(architecture=3), 'architecture must be'),
+    (dict(teacher=dict(cfg_path='mmdet::retinanet/retinanet_r51_fpn_1x_coco.py')), 'teacher.*retinanet_r50_fpn_1x'),
+    (dict(teacher=dict(cfg_path='configs/amd_retinanet_cooc.py')), 'teacher.*configs/amd_retinanet_coco.py'),
     (dict(inherit=['nekc']), "no module 'nekc'.*neck"),
     (dict(inherit='neck'), 'inherit must be a list'),
     (dict(inherit=['bbox_head'], teacher=retinanet(16, num_classes=5)), 'num_classes 3 .*5'),
@@ -232,7 +240,7 @@ def test_teacher_with_other_classes(build, caplog):
         build(distill(architecture=classifier(8), teacher=classifier(16, num_classes=5), distiller=LOGITS),
               scope='mmpretrain')
     messages = []
-    from mmkd_plugin.models.algorithms import teacher_student_distill as module
+    from mmkd_plugin.models.algorithms import dry_run as module
     original = module.print_log
     module.print_log = lambda text, **_: messages.append(text)
     try:
@@ -305,6 +313,13 @@ def test_mixup_of_the_student_is_kept(build):
                           data_preprocessor=preprocessor), scope='mmpretrain')
     samples = model.data_preprocessor(classification_batch(), True)['data_samples']
     assert any(((sample.gt_score > 0) & (sample.gt_score < 1)).any() for sample in samples)
+
+
+def test_a_distiller_that_reads_nothing_runs_no_teacher(build):
+    model = build(distill(distiller=dict(type='ConfigurableDistiller'), inherit=['neck.fpn_convs']))
+    called = calls_of(model.teacher, ['backbone'])
+    losses_of(model, detection_batch())
+    assert not called
 
 
 def test_a_stopped_distillation_does_not_run_the_teacher(build):

@@ -1,0 +1,55 @@
+"""Models by the path of their config: a library's (``mmdet::...``) or a file of one's own."""
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hub import get_config, get_model
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, DefaultScope
+
+from .utils import closest
+
+
+def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
+    """Returns the config at ``cfg_path``, whose ``model`` has its own ``data_preprocessor``.
+
+    Raises:
+        ValueError: there is no such config; names the closest.
+    """
+    try:
+        cfg = get_config(cfg_path) if '::' in cfg_path else Config.fromfile(cfg_path)
+    except (FileNotFoundError, KeyError, OSError) as error:
+        raise ValueError(f'{field}: no config {cfg_path!r}; {closest(cfg_path, _neighbours(cfg_path))}') from error
+    if 'model' not in cfg:
+        raise ValueError(f'{field}: {cfg_path!r} has no model')
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return cfg
+
+
+def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False) -> BaseModel:
+    """Builds the model at ``cfg_path``, in the scope of its library.
+
+    Args:
+        cfg_path: as above.
+        field: of the config that names it, for error messages.
+        pretrained: whether to load the library's official weights.
+    """
+    cfg = read_cfg_path(cfg_path, field)
+    if '::' in cfg_path:
+        return get_model(cfg_path, pretrained)
+    if pretrained:
+        raise ValueError(f'{field}: pretrained=True is for a library\'s config, not for the file {cfg_path!r}')
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        return MODELS.build(cfg.model)
+
+
+def _neighbours(cfg_path: str) -> list[str]:
+    package, _, path = cfg_path.rpartition('::')
+    if package:
+        from mmengine.utils import get_installed_path, is_installed
+        root = Path(get_installed_path(package)) / '.mim/configs' if is_installed(package) else Path('no package')
+    else:
+        root = Path(path).parent
+    found = [file.relative_to(root).as_posix() for file in root.rglob('*.py')] if package else [
+        file.as_posix() for file in root.glob('*.py')]
+    return [f'{package}::{name}' if package else name for name in found]

@@ -1,0 +1,91 @@
+"""Miniature data laid out as COCO and ImageNet, and weights files, for configs that run unchanged on the real ones."""
+import json
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import torch
+
+
+def make_coco(root: Path, images: int = 4) -> Path:
+    """COCO 2017 with a few images, so flat that the real pipeline (1333 x 800) leaves them small."""
+    rng = np.random.default_rng(0)
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(coco_classes())]
+    for split in ('train2017', 'val2017'):
+        files, boxes = [], []
+        for i in range(images):
+            name, width, height = f'{i:012d}.jpg', 500, 32
+            mmcv.imwrite(rng.integers(0, 256, (height, width, 3), np.uint8), str(root / split / name))
+            files.append(dict(id=i, file_name=name, width=width, height=height))
+            for _ in range(2):
+                x = int(rng.integers(0, 300))
+                boxes.append(dict(id=len(boxes), image_id=i, category_id=int(rng.integers(1, 81)), iscrowd=0,
+                                  bbox=[x, 2, 40, 20], area=800, segmentation=[[x, 2, x + 40, 2, x + 40, 22, x, 22]]))
+        path = root / 'annotations' / f'instances_{split}.json'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(images=files, annotations=boxes, categories=categories)))
+    return root
+
+
+def coco_classes() -> tuple[str, ...]:
+    from mmdet.datasets import CocoDataset
+    return CocoDataset.METAINFO['classes']
+
+
+def make_imagenet(root: Path, train: int = 64, val: int = 8) -> Path:
+    """ImageNet with its folders and lists, and a few images."""
+    rng = np.random.default_rng(0)
+    (root / 'meta').mkdir(parents=True)
+    for split, count in (('train', train), ('val', val)):
+        lines = []
+        for i in range(count):
+            name = f'n{i % 8:08d}/{i}.JPEG'
+            mmcv.imwrite(rng.integers(0, 256, (64, 80, 3), np.uint8), str(root / split / name))
+            lines.append(f'{name} {i % 8}')
+        (root / 'meta' / f'{split}.txt').write_text('\n'.join(lines))
+    return root
+
+
+def coco_options(root: Path) -> list[str]:
+    """What ``--cfg-options`` names to use COCO from elsewhere."""
+    options = [f'{loader}.dataset.data_root={root}/' for loader in ('train_dataloader', 'val_dataloader',
+                                                                   'test_dataloader')]
+    return options + [f'{evaluator}.ann_file={root}/annotations/instances_val2017.json'
+                      for evaluator in ('val_evaluator', 'test_evaluator')]
+
+
+def imagenet_options(root: Path) -> list[str]:
+    return [f'{loader}.dataset.data_root={root}' for loader in ('train_dataloader', 'val_dataloader',
+                                                               'test_dataloader')]
+
+
+def save_weights(config: str, path: Path) -> Path:
+    """Saves a random model of a library's config as that library would."""
+    from mmengine.hub import get_model
+    torch.manual_seed(1)
+    model = get_model(config)
+    _settle(model.backbone)
+    torch.save(dict(meta={}, state_dict=model.state_dict()), path)
+    return path
+
+
+def save_backbone(depth: int, path: Path) -> Path:
+    """Saves weights as torchvision's ResNet of that depth has them."""
+    import torchvision
+    torch.manual_seed(1)
+    model = getattr(torchvision.models, f'resnet{depth}')(weights=None)
+    _settle(model)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@torch.no_grad()
+def _settle(network: torch.nn.Module) -> None:
+    """Gives BatchNorm the statistics of its input, as training does; without them a deep random network explodes."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+            module.train()
+            module.train = lambda mode=True, module=module: module  # some backbones keep theirs in eval mode
+    network.train()
+    network(torch.randn(2, 3, 64, 64))

@@ -1,0 +1,217 @@
+"""Distils a small detector on real handwritten digits, on a CPU in minutes, and shows what it gained.
+
+Trains a teacher, a student alone, the same student from the teacher's head ("inherited"), and that
+student distilled; exports each student, and lets plain MMDetection evaluate the exported file.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import torch
+from mmengine.config import Config
+
+import mmkd_plugin
+from mmkd_plugin.student import build_student, export_student, plain_config
+
+PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
+ARMS = {
+    'teacher': 'configs/digits/retinanet_r18-c32_digits.py',
+    'student': 'configs/digits/retinanet_r18-c16_digits-300.py',
+    'inherited': 'configs/digits/inherit_retinanet_r18-c16_digits-300.py',
+    'amd': 'configs/digits/amd_retinanet_r18-c16_digits-300.py',
+}
+LABELS = {
+    'teacher': 'teacher',
+    'student': 'student alone',
+    'inherited': 'student alone, inherited start',
+    'amd': 'distilled: AMD, inherited start',
+}
+COLUMNS = {
+    'bbox_mAP': ('AP', '{:.3f}'),
+    'bbox_mAP_50': ('AP50', '{:.3f}'),
+    'params': ('parameters', '{:,.0f}'),
+    'flops': ('FLOPs', '{:,.0f}'),
+    'latency_ms': ('CPU latency (ms)', '{:.1f}'),
+    'file_bytes': ('file (bytes)', '{:,.0f}'),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the students; the teacher has 0')
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS), help='what to train')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
+    args = parser.parse_args()
+    began = time.time()
+    subprocess.run([sys.executable, 'tools/make_digits.py'], check=True)
+    runs = {arm: [run_arm(arm, seed, args.work_dir) for seed in ([0] if arm == 'teacher' else args.seeds)]
+            for arm in ARMS if arm in args.arms}
+    measure_together(runs)
+
+    report = {arm: summary(found) for arm, found in runs.items()}
+    report['meta'] = dict(seeds=args.seeds, torch=torch.__version__, mmdet=mmdet.__version__,
+                          mmkd_plugin=mmkd_plugin.__version__, cpus=os.cpu_count(), seconds=round(time.time() - began))
+    path = args.work_dir / 'report.json'
+    path.write_text(json.dumps(report, indent=2))
+    print('\n' + table(report))
+    print(f'\nSeeds {args.seeds}, {report["meta"]["seconds"]} s. Table: {path}')
+    picture = args.work_dir / 'detections.png'
+    draw(runs, picture)
+    print(f'Detections beside the truth: {picture}')
+
+
+def run_arm(arm: str, seed: int, root: Path) -> dict:
+    """Trains, exports and evaluates one arm, or returns what an earlier call with the same config found."""
+    work_dir = root / (arm if arm == 'teacher' else f'{arm}_seed{seed}')
+    options = dict(work_dir=str(work_dir), randomness=dict(seed=seed))
+    cfg = Config.fromfile(ARMS[arm])
+    if 'teacher_ckpt' in cfg.model:
+        options['model.teacher_ckpt'] = str(last_checkpoint(root / 'teacher'))
+    cfg.merge_from_dict(options)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    config, done = work_dir / 'config.py', work_dir / 'result.json'
+    if done.exists() and config.exists() and config.read_text() == cfg.pretty_text:
+        print(f'{LABELS[arm]}, seed {seed}: done before, in {work_dir}')
+        return json.loads(done.read_text())
+    resume = config.exists() and config.read_text() == cfg.pretty_text
+    config.write_text(cfg.pretty_text)
+    train(f'{LABELS[arm]}, seed {seed}', [sys.executable, '-W', 'ignore', 'tools/train.py', config]
+          + (['--resume'] if resume else []), work_dir / 'train.log')
+
+    exported, plain = work_dir / 'student.pth', work_dir / 'plain_config.py'
+    export_student(cfg, str(last_checkpoint(work_dir)), str(exported), overwrite=True)
+    plain_config(cfg).dump(plain)
+    tested = work_dir / 'test'
+    run([sys.executable, '-W', 'ignore', PLAIN_TEST, plain, exported, '--work-dir', tested], work_dir / 'test.log')
+    metrics = json.loads(max(tested.glob('*/*.json')).read_text())
+    result = dict(seed=seed, config=str(plain), exported=str(exported), file_bytes=exported.stat().st_size,
+                  **{key.removeprefix('coco/'): value for key, value in metrics.items() if 'bbox' in key})
+    done.write_text(json.dumps(result, indent=2))
+    return result
+
+
+def last_checkpoint(work_dir: Path) -> Path:
+    return Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
+def train(label: str, command: list, log: Path) -> None:
+    """Runs a training, its log to a file and its progress to one line."""
+    pattern = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*? eta: (\S+).*? loss: ([\d.]+)')
+    with log.open('w') as file, subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE,
+                                                 stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            file.write(line)
+            found = pattern.search(line)
+            if found:
+                epoch, step, steps, eta, loss = found.groups()
+                end = '\r' if sys.stdout.isatty() else '\n'
+                print(f'{label}: epoch {epoch}, step {step}/{steps}, loss {loss}, {eta} left   ', end=end, flush=True)
+    check(process.returncode, command, log)
+    print(f'{label}: trained. Log: {log}' + ' ' * 20)
+
+
+def run(command: list, log: Path) -> None:
+    with log.open('w') as file:
+        check(subprocess.run([*map(str, command)], stdout=file, stderr=subprocess.STDOUT).returncode, command, log)
+
+
+def check(code: int, command: list, log: Path) -> None:
+    if code:
+        sys.exit(f'{" ".join(map(str, command))} failed; the end of {log}:\n' + log.read_text()[-3000:])
+
+
+def measure_together(runs: dict[str, list[dict]]) -> None:
+    """Adds parameters, FLOPs and latency; the models take turns, so that the machine's moods meet all alike."""
+    from mmengine.analysis import get_model_complexity_info
+    models = {}
+    for arm, found in runs.items():
+        models[arm] = build_student(Config.fromfile(found[0]['config']), found[0]['exported']).eval()
+        complexity = get_model_complexity_info(models[arm], input_shape=(3, 128, 128), show_table=False,
+                                               show_arch=False)
+        for result in found:
+            result.update(params=sum(p.numel() for p in models[arm].parameters()), flops=complexity['flops'])
+    image, times = torch.zeros(1, 3, 128, 128), {arm: [] for arm in models}
+    with torch.no_grad():
+        for _ in range(40):
+            for arm, model in models.items():
+                start = time.perf_counter()
+                model(image)
+                times[arm].append(1e3 * (time.perf_counter() - start))
+    for arm, found in runs.items():
+        for result in found:
+            result['latency_ms'] = round(statistics.median(times[arm]), 2)
+
+
+def summary(found: list[dict]) -> dict:
+    """Returns the mean over seeds, with the spread of AP where there are several."""
+    out = {key: statistics.fmean(result[key] for result in found) for key in COLUMNS}
+    out['seeds'] = {str(result['seed']): result['bbox_mAP'] for result in found}
+    if len(found) > 1:
+        out.update({f'{key}_std': statistics.stdev(result[key] for result in found)
+                    for key in ('bbox_mAP', 'bbox_mAP_50')})
+    return out
+
+
+def table(report: dict) -> str:
+    """Returns the report as a Markdown table."""
+    lines = ['| | ' + ' | '.join(title for title, _ in COLUMNS.values()) + ' |', '|---' * (len(COLUMNS) + 1) + '|']
+    for arm in (arm for arm in ARMS if arm in report):
+        cells = [form.format(report[arm][key]) + (f' ± {report[arm][f"{key}_std"]:.3f}'
+                                                  if f'{key}_std' in report[arm] else '')
+                 for key, (_, form) in COLUMNS.items()]
+        lines.append(f'| {LABELS[arm]} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def draw(runs: dict[str, list[dict]], out: Path) -> None:
+    """Draws the truth and each model's detections on the first crowded validation images."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    import mmcv
+    from mmdet.apis import inference_detector, init_detector
+    cfg = Config.fromfile(runs['teacher'][0]['config'] if 'teacher' in runs else next(iter(runs.values()))[0]['config'])
+    data = cfg.val_dataloader.dataset
+    truth = json.loads((Path(data.data_root) / data.ann_file).read_text())
+    boxes = {image['id']: [a for a in truth['annotations'] if a['image_id'] == image['id']]
+             for image in truth['images']}
+    images = [image for image in truth['images'] if len(boxes[image['id']]) >= 4][:5]
+    figure, axes = plt.subplots(len(images), len(runs) + 1, figsize=(2.6 * (len(runs) + 1), 2.6 * len(images)),
+                                squeeze=False)
+    models = {arm: init_detector(found[0]['config'], found[0]['exported'], device='cpu')
+              for arm, found in runs.items()}
+    for row, image in zip(axes, images):
+        path = str(Path(data.data_root) / data.data_prefix.img / image['file_name'])
+        pixels = mmcv.imread(path, channel_order='rgb')
+        for axis, name in zip(row, ['truth', *models]):
+            axis.imshow(pixels)
+            axis.axis('off')
+            if image is images[0]:
+                axis.set_title(LABELS.get(name, name).replace(', ', ',\n'), fontsize=9)
+            if name == 'truth':
+                shown = [(a['bbox'], a['category_id'] - truth['categories'][0]['id'], None)
+                         for a in boxes[image['id']]]
+            else:
+                found = inference_detector(models[name], path).pred_instances
+                found = found[found.scores > 0.4]
+                shown = [((x1, y1, x2 - x1, y2 - y1), label, score) for (x1, y1, x2, y2), label, score in zip(
+                    found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist())]
+            for (x, y, w, h), label, score in shown:
+                color = 'lime' if score is None else 'yellow'
+                axis.add_patch(plt.Rectangle((x, y), w, h, fill=False, color=color))
+                axis.text(x, y, truth['categories'][label]['name'] + ('' if score is None else f' {score:.2f}'),
+                          fontsize=7, color='black', backgroundcolor=color, va='bottom',
+                          bbox=dict(facecolor=color, pad=0.5, linewidth=0))
+    figure.tight_layout()
+    figure.savefig(out, dpi=90)
+
+
+if __name__ == '__main__':
+    main()
