@@ -1,0 +1,3 @@
+from .dam import DAM
+
+__all__ = ['DAM']

@@ -1,0 +1,3 @@
+from .dafa import DAFA
+
+__all__ = ['DAFA']
