@@ -64,6 +64,8 @@ def save_weights(config: str, path: Path) -> Path:
     from mmengine.hub import get_model
     torch.manual_seed(1)
     model = get_model(config)
+    model.backbone.init_cfg = None  # no download
+    model.init_weights()
     _settle(model.backbone)
     torch.save(dict(meta={}, state_dict=model.state_dict()), path)
     return path
@@ -81,11 +83,8 @@ def save_backbone(depth: int, path: Path) -> Path:
 
 @torch.no_grad()
 def _settle(network: torch.nn.Module) -> None:
-    """Gives BatchNorm the statistics of its input, as training does; without them a deep random network explodes."""
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-            module.train()
-            module.train = lambda mode=True, module=module: module  # some backbones keep theirs in eval mode
-    network.train()
-    network(torch.randn(2, 3, 64, 64))
+    """Makes residual branches begin near zero, as after training from scratch; deep random networks explode."""
+    for block in network.modules():
+        last = getattr(block, 'bn3', None) or getattr(block, 'bn2', None)
+        if last is not None:
+            last.weight.fill_(0.1)

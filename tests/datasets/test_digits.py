@@ -66,17 +66,19 @@ def test_splits_share_neither_digit_nor_photograph(seed):
     assert not set(sources['train'].indices) & set(sources['val'].indices)
     assert sum(len(source.indices) for source in sources.values()) == 1797
     assert set(sources['val'].labels) == set(range(10))
-    for train, val in zip(sources['train'].photos, sources['val'].photos, strict=True):
-        assert sources['train'].left + train.shape[1] == sources['val'].left
-        assert train.shape[1] + val.shape[1] == 640
+    columns = {split: {(photo, left + i) for part, (photo, left) in zip(source.parts, source.origins, strict=True)
+                       for i in range(part.shape[1])} for split, source in sources.items()}
+    assert not columns['train'] & columns['val']
+    assert len(columns['train']) + len(columns['val']) == 2 * 640
 
 
 def test_what_the_annotations_say_of_the_sources(made):
     of = {split: book(made, split) for split in ('train', 'val')}
     used = {split: {a['digit'] for a in of[split]['annotations']} for split in of}
     assert not used['train'] & used['val']
-    assert max(i['crop'][0] + i['crop'][2] for i in of['train']['images']) <= 480
-    assert min(i['crop'][0] for i in of['val']['images']) >= 480
+    crops = {split: [(i['crop'][0], i['crop'][0] + i['crop'][2]) for i in of[split]['images']] for split in of}
+    assert all(left >= 240 and right <= 400 for left, right in crops['val'])
+    assert all(right <= 240 or left >= 400 for left, right in crops['train'])
     from sklearn.datasets import load_digits
     target = load_digits().target
     assert all(a['category_id'] == target[a['digit']] for split in of.values() for a in split['annotations'])
@@ -85,10 +87,10 @@ def test_what_the_annotations_say_of_the_sources(made):
 def test_scenes_are_varied_and_boxes_inside():
     source = split_sources(0)['train']
     scenes = [draw_scene(np.random.default_rng(i), source, 128)[2] for i in range(150)]
-    assert {len(scene) for scene in scenes} == set(range(7))
+    assert {len(scene) for scene in scenes} == set(range(digits.MAX_DIGITS + 1))
     boxes = np.array([a['bbox'] for scene in scenes for a in scene])
     assert boxes.min() >= 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= 128
-    assert boxes[:, 3].min() < 20 < 55 < boxes[:, 3].max()
+    assert boxes[:, 3].min() < 28 < 55 < boxes[:, 3].max()
     assert {a['category_id'] for scene in scenes for a in scene} == set(range(10))
     assert all(a['area'] == a['bbox'][2] * a['bbox'][3] for scene in scenes for a in scene)
     pairs = [(a, b) for scene in scenes for a, b in product(scene, scene) if a['digit'] < b['digit']]
@@ -102,7 +104,7 @@ def test_box_is_tight_around_the_ink(monkeypatch, seed):
     monkeypatch.setattr(digits, 'MAX_CLUTTER', 0)
     monkeypatch.setattr(digits, 'EMPTY_SHARE', 0)
     source = split_sources(0)['train']
-    source = replace(source, photos=[np.zeros_like(photo) for photo in source.photos])
+    source = replace(source, parts=[np.zeros_like(part) for part in source.parts])
     image, _, (annotation,) = draw_scene(np.random.default_rng(seed), source, 128)
     light = image.sum(2, dtype=float)
     assert tuple(annotation['bbox']) == cv2.boundingRect((light > light.max() / 2).astype(np.uint8))

@@ -1,0 +1,31 @@
+"""Makes the embedded detection set: real handwritten digits on photographs, in COCO format."""
+import argparse
+import sys
+
+from mmengine import track_iter_progress
+
+from mmkd_plugin.datasets.digits import make_digits
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--root', default='data/digits', help='directory to make')
+    parser.add_argument('--num-train', type=int, default=1600, help='training images')
+    parser.add_argument('--num-val', type=int, default=200, help='validation images')
+    parser.add_argument('--image-size', type=int, default=128, help='side of an image in pixels')
+    parser.add_argument('--seed', type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        made = make_digits(**vars(args), track=track_iter_progress)
+    except (FileExistsError, ValueError) as error:
+        sys.exit(f'make_digits: {error}')
+    print(f'\n{args.root}: made' if made else f'{args.root}: there already, nothing to do')
+
+
+if __name__ == '__main__':
+    main()
