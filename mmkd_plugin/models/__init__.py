@@ -1,5 +1,8 @@
 import mmrazor.models  # noqa: F401  registers what the configs here take from MMRazor
 
 from .algorithms import *  # noqa: F403
+from .area_detectors import *  # noqa: F403
+from .connectors import *  # noqa: F403
 from .distillers import *  # noqa: F403
 from .losses import *  # noqa: F403
+from .refiners import *  # noqa: F403

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ...cfg_path import build_cfg_path
 from ...checkpoint import STUDENT_PREFIX, load_completely
 from ...registry import MODELS
+from ..distillers.layer_distiller import exact_zero
 from ..recording import PartialForward, check_sources
 from .dry_run import dry_run
+from .held_out_search import keep_statistics, set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
 from .loss_schedule import build_schedules
 from .renormalize import Renormalize
@@ -99,7 +101,9 @@ class TeacherStudentDistill(SingleTeacherDistill):
             self.student._is_init = True
         self.inherit = check_inherit(inherit, self.student, teacher)
         self.__dict__['_renormalize'] = Renormalize.between(self.data_preprocessor, teacher.data_preprocessor)
-        self._schedules = build_schedules(loss_schedules or {}, list(self.distiller.distill_losses))
+        self._schedules = build_schedules(
+            loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
+        self.data_preprocessor.register_forward_pre_hook(set_search_batch_aside)
         self.register_load_state_dict_post_hook(_refuse_partial_load)
 
     @property
@@ -135,19 +139,27 @@ class TeacherStudentDistill(SingleTeacherDistill):
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
         """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses."""
+        search_batch = take_search_batch(self.data_preprocessor)
         distilling = not self.distillation_stopped
         if distilling:
             self.distiller.set_deliveries_override(False)
-            t_inputs = self._renormalize(batch_inputs, data_samples) if self._renormalize else batch_inputs
-            with torch.no_grad(), self.distiller.deliveries:
-                self._teacher_forward(t_inputs, data_samples)
+            self._record_teacher(batch_inputs, data_samples)
         self.distiller.set_deliveries_override(True)
         with self.distiller.student_recorders, self.distiller.deliveries:
             losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
         if distilling:
-            losses.update(add_prefix(self._distill_losses(), 'distill'))
+            if hasattr(self.distiller, 'prepare_batch'):
+                self.distiller.prepare_batch(batch_inputs, data_samples)
+            losses.update(add_prefix(self._distill_losses(search_batch), 'distill'))
+        elif any(parameter.requires_grad for parameter in self.distiller.parameters()):
+            losses['loss_unused'] = exact_zero(self.distiller)  # DistributedDataParallel misses no gradient
         self._forget_records()
         return losses
+
+    def _record_teacher(self, batch_inputs: Tensor, data_samples: list | None) -> None:
+        t_inputs = self._renormalize(batch_inputs, data_samples) if self._renormalize else batch_inputs
+        with torch.no_grad(), self.distiller.deliveries:
+            self._teacher_forward(t_inputs, data_samples)
 
     def _forget_records(self) -> None:
         """Lets go of the step's features and graph."""
@@ -155,12 +167,34 @@ class TeacherStudentDistill(SingleTeacherDistill):
             for recorder in recorders.recorders.values():
                 recorder.reset_data_buffer()
 
-    def _distill_losses(self) -> dict[str, Tensor]:
-        losses = self.distiller.compute_distill_losses()
+    def _distill_losses(self, search_batch: dict | None = None) -> dict[str, Tensor]:
+        policy = getattr(self.distiller, 'dafa', None)
+        if search_batch is None or policy is not None and policy.frozen:
+            losses = self.distiller.compute_distill_losses()
+        elif policy is None:
+            raise ValueError('The train loop gives a second batch, to search a policy with, but the distiller, '
+                             f'{type(self.distiller).__name__}, has none: use a plain train loop')
+        else:
+            losses = self.distiller.compute_distill_losses(search=False)
+            losses['loss_aug'] = self._held_out_policy_loss(search_batch)
         for name, schedules in self._schedules.items():
             for schedule in schedules:
                 losses[name] = losses[name] * schedule()
         return losses
+
+    def _held_out_policy_loss(self, search_batch: dict) -> Tensor:
+        """The policy's loss on a batch of its own, which leaves no trace in the student."""
+        data = self.data_preprocessor(search_batch, True)
+        inputs, data_samples = data['inputs'], data.get('data_samples')
+        self._record_teacher(inputs, data_samples)
+        with keep_statistics(self):
+            forward = PartialForward(self.student, self.distiller.student_recorders, {})
+            try:
+                with torch.no_grad():
+                    forward(inputs, data_samples)
+            finally:
+                forward.remove()
+            return self.distiller.compute_policy_loss()
 
     def _wire_teacher(self) -> PartialForward:
         """Returns the part of the teacher that the losses read, after trying them."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...registry import MODELS
-from .layer_distiller import LayerDistiller
+from .layer_distiller import LayerDistiller, map_name
 
 
 @MODELS.register_module()
@@ -27,10 +27,11 @@ class AMDDistiller(LayerDistiller):
     """
 
     def __init__(self, layers: Sequence[str | Sequence[str]], amd: dict | None = None, **kwargs) -> None:
-        super().__init__(layers, **kwargs)
+        super().__init__(layers or [], **kwargs)
         self.amd = dict(amd or {}, type='mmkd_plugin.AMDLoss')
 
-    def wire(self, layer: str, level: int | None, s_map: Tensor, t_map: Tensor) -> None:
-        name = 'loss_amd_' + layer.replace('.', '_') + ('' if level is None else f'_{level}')
-        self.add_loss(name, self.amd, s_feature=self.record(layer, level, True),
-                      t_feature=self.record(layer, level, False))
+    def wire(self, maps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+        for layer, (s_maps, _) in zip(self.layers, maps):
+            for level in range(len(s_maps)):
+                self.add_loss(f'loss_amd_{map_name(layer, level, len(s_maps))}', self.amd,
+                              s_feature=self.record(layer, level, True), t_feature=self.record(layer, level, False))

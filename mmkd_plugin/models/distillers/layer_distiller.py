@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmrazor.models.distillers import ConfigurableDistiller
+from mmrazor.models.task_modules import RecorderManager
 from mmrazor.registry import MODELS
 from torch import Tensor, nn
 
@@ -16,12 +17,12 @@ class LayerDistiller(ConfigurableDistiller):
 
     Each of ``layers`` gives a recorder of that name in student and teacher. How
     many maps the layer puts out (``'neck'``: one a pyramid level) is learnt from
-    one blank image when the models are there; then :meth:`wire` is called for
-    every map. :meth:`written_config` shows the result.
+    one blank image when the models are there; then :meth:`wire` is called.
+    :meth:`written_config` shows the result.
 
     Args:
         layers: names of modules, each the same in student and teacher or a
-            pair (student's, teacher's).
+            pair (student's, teacher's). None, where the subclass allows it: none.
         student_recorders, teacher_recorders, connectors, distill_losses,
             loss_forward_mappings: further ones, as in ``ConfigurableDistiller``.
 
@@ -32,14 +33,14 @@ class LayerDistiller(ConfigurableDistiller):
     """
 
     def __init__(self,
-                 layers: Sequence[str | Sequence[str]],
+                 layers: Sequence[str | Sequence[str]] | None,
                  student_recorders: dict | None = None,
                  teacher_recorders: dict | None = None,
                  connectors: dict | None = None,
                  distill_losses: dict | None = None,
                  loss_forward_mappings: dict | None = None,
                  **kwargs) -> None:
-        pairs = _pairs(layers)
+        pairs = {} if layers is None else _pairs(layers)
         clash = set(pairs) & (set(student_recorders or {}) | set(teacher_recorders or {}))
         if clash:
             raise ValueError(f'layers: a recorder is named {min(clash)!r} too; rename the recorder')
@@ -52,6 +53,7 @@ class LayerDistiller(ConfigurableDistiller):
             loss_forward_mappings=dict(loss_forward_mappings or {}))
         super().__init__(**{k: v for k, v in self._written.items() if k != 'type'}, **kwargs)
         self.layers = list(pairs)
+        self.pairs = [(layer, layer) for layer in self.layers]
 
     def written_config(self) -> str:
         """Returns, once the models are there, the ``ConfigurableDistiller`` config that does the same, as Python."""
@@ -60,24 +62,27 @@ class LayerDistiller(ConfigurableDistiller):
     def prepare_from_student(self, model: nn.Module) -> None:
         check_sources(self._written['student_recorders'], model, 'layers')
         super().prepare_from_student(model)
-        record_blank_image(model, self.student_recorders)
+        _record(model, self.student_recorders, [pair[0] for pair in self.pairs])
 
     def prepare_from_teacher(self, model: nn.Module) -> None:
         """Also wires the layers, so that every part exists before an optimiser is built."""
         check_sources(self._written['teacher_recorders'], model, 'layers')
         super().prepare_from_teacher(model)
-        record_blank_image(model, self.teacher_recorders)
-        for layer in self.layers:
-            s_maps, t_maps = self._maps(layer, True), self._maps(layer, False)
+        _record(model, self.teacher_recorders, [pair[1] for pair in self.pairs])
+        maps = [(self.maps(student, True), self.maps(teacher, False)) for student, teacher in self.pairs]
+        for (name, _), (s_maps, t_maps) in zip(self.pairs, maps):
             if len(s_maps) != len(t_maps):
-                raise ValueError(f'layers: {layer!r} gives {len(s_maps)} feature maps in the student and '
+                raise ValueError(f'layers: {name!r} gives {len(s_maps)} feature maps in the student and '
                                  f'{len(t_maps)} in the teacher')
-            for level, (s_map, t_map) in enumerate(zip(s_maps, t_maps)):
-                self.wire(layer, level if len(s_maps) > 1 else None, s_map, t_map)
+        self.wire(maps)
 
     @abstractmethod
-    def wire(self, layer: str, level: int | None, s_map: Tensor, t_map: Tensor) -> None:
-        """Adds what is to be done with one map of ``layer``, of which student and teacher gave these examples."""
+    def wire(self, maps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+        """Adds what is to be done with the maps of each of ``self.pairs``, recorders in student and teacher.
+
+        Args:
+            maps: by pair, what student and teacher make of one blank image, equally many maps.
+        """
 
     def add_loss(self, name: str, loss: dict, **inputs: dict) -> None:
         """Adds a loss and where it reads its ``inputs``, each an entry of ``loss_forward_mappings``."""
@@ -89,14 +94,19 @@ class LayerDistiller(ConfigurableDistiller):
         self._written['distill_losses'][name] = loss
         self._written['loss_forward_mappings'][name] = inputs
 
-    def record(self, layer: str, level: int | None, from_student: bool) -> dict:
+    def record(self, layer: str, level: int, from_student: bool) -> dict:
         """Returns where the map is, as an entry of ``loss_forward_mappings``."""
         entry = dict(recorder=layer, from_student=from_student)
         if not isinstance(self.get_record(**entry), Tensor):
-            entry['data_idx'] = level or 0
+            entry['data_idx'] = level
         return entry
 
-    def _maps(self, layer: str, from_student: bool) -> Sequence[Tensor]:
+    def maps(self, layer: str, from_student: bool) -> Sequence[Tensor]:
+        """Returns all that is recorded of a layer.
+
+        Raises:
+            ValueError: it is something other than feature maps.
+        """
         maps = self.get_record(layer, from_student)
         maps = [maps] if isinstance(maps, Tensor) else maps
         if not (isinstance(maps, (list, tuple)) and maps
@@ -121,6 +131,23 @@ def _pairs(layers: Sequence[str | Sequence[str]]) -> dict[str, tuple[str, str]]:
     if not pairs:
         raise ValueError('layers is empty: name at least one, such as "neck"')
     return pairs
+
+
+def map_name(layer: str, level: int, levels: int) -> str:
+    """The end of a loss's name: the layer, and the level where there are several."""
+    return layer.replace('.', '_') + (f'_{level}' if levels > 1 else '')
+
+
+def exact_zero(module: nn.Module) -> Tensor | float:
+    """A zero that gives every trainable parameter a zero gradient, as DistributedDataParallel wants it."""
+    return sum(parameter.flatten()[:0].sum() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _record(model: nn.Module, recorders: RecorderManager, names: Sequence[str]) -> None:
+    """Fills the recorders of these names from a blank image; others, which may need ground truth, are left out."""
+    wanted = RecorderManager()
+    wanted.recorders.update({name: recorders.get_recorder(name) for name in names})
+    record_blank_image(model, wanted)
 
 
 def _recorders(pairs: dict[str, tuple[str, str]], side: int) -> dict[str, dict]:

@@ -1,0 +1,4 @@
+from .conv_adapter import ConvAdapter
+from .review_kd_connector import ReviewKDConnector
+
+__all__ = ['ConvAdapter', 'ReviewKDConnector']

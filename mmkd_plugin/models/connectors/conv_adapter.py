@@ -1,0 +1,65 @@
+"""SoKD's adapter Phi, from the student's features to the teacher's channels.
+
+Letters: N images, C channels, (H, W) a level's map, L positions of all levels.
+"""
+from collections.abc import Sequence
+
+import torch
+from mmrazor.models.architectures.connectors.base_connector import BaseConnector
+from torch import Tensor, nn
+
+from ...registry import MODELS
+from ...utils import check_number
+
+
+@MODELS.register_module()
+class ConvAdapter(BaseConnector):
+    """Two 3x3 convolutions with batch norm and ReLU, shared by all levels of a pyramid [0].
+
+    [0] Shen, Huang, Zhu, Fan, Zhang, Student-Oriented Teacher Knowledge Refinement for Knowledge
+    Distillation, arXiv 2409.18785, 2024. Where the teacher's feature is signed, as the outputs of an FPN
+    are, the last ReLU would cut half of it off and is left out.
+
+    Batch norm takes its statistics over the positions of all levels together, so that a level of one
+    position (1 x 1, one image) is no error and the weights mean the same on every level.
+
+    Args:
+        in_channels: The student's.
+        out_channels: The teacher's.
+        signed: Whether the teacher's feature has negative values.
+        init_cfg: As in any MMEngine module.
+
+    Raises:
+        ValueError: a number of channels is no positive whole number.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, signed: bool = True, init_cfg: dict | None = None):
+        super().__init__(init_cfg)
+        self.in_channels = check_number('ConvAdapter.in_channels', in_channels, least=1, whole=True)
+        self.out_channels = check_number('ConvAdapter.out_channels', out_channels, least=1, whole=True)
+        self.signed = signed
+        self.convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+                                   for channels in (in_channels, out_channels))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(out_channels) for _ in self.convs)
+
+    def extra_repr(self) -> str:
+        return f'signed={self.signed}'
+
+    def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+        """One (N, C, H, W) feature, or a sequence of levels, to the same with the teacher's channels.
+
+        Raises:
+            ValueError: a feature does not have ``in_channels``.
+        """
+        levels = [feature] if isinstance(feature, Tensor) else list(feature)
+        if any(x.dim() != 4 or x.shape[1] != self.in_channels for x in levels):
+            raise ValueError(f'ConvAdapter expects features of shape (N, {self.in_channels}, H, W), '
+                             f'got {[tuple(x.shape) for x in levels]}')
+        shapes = [x.shape[2:] for x in levels]
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            row = norm(torch.cat([conv(x).flatten(2) for x in levels], 2))  # (N, C, L)
+            if i == 0 or not self.signed:
+                row = row.relu()
+            levels = [part.unflatten(2, shape) for part, shape in zip(
+                row.split([h * w for h, w in shapes], 2), shapes, strict=True)]
+        return levels[0] if isinstance(feature, Tensor) else type(feature)(levels)
