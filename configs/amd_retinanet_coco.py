@@ -5,4 +5,4 @@ model = dict(
     distiller=dict(
         type='mmkd_plugin.AMDDistiller',
         layers=['neck'],
-        amd=dict(scale_free=True, loss_weight=0.2)))
+        amd=dict(scale_free=True)))

@@ -26,12 +26,16 @@ ARMS = {
     'student': 'configs/digits/retinanet_r18-c16_digits-300.py',
     'inherited': 'configs/digits/inherit_retinanet_r18-c16_digits-300.py',
     'amd': 'configs/digits/amd_retinanet_r18-c16_digits-300.py',
+    'fitnet': 'configs/digits/fitnet_retinanet_r18-c16_digits-300.py',
+    'sokd': 'configs/digits/sokd_retinanet_r18-c16_digits-300.py',
 }
 LABELS = {
     'teacher': 'teacher',
     'student': 'student alone',
     'inherited': 'student alone, inherited start',
     'amd': 'distilled: AMD, inherited start',
+    'fitnet': 'distilled: FitNet, inherited start',
+    'sokd': 'distilled: SoKD on FitNet, inherited start',
 }
 COLUMNS = {
     'bbox_mAP': ('AP', '{:.3f}'),
@@ -45,8 +49,10 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the students; the teacher has 0')
-    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS), help='what to train')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1],
+                        help='seeds of the students; the teacher has 0, and the weights were tuned on 0')
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=['teacher', 'student', 'inherited', 'amd'],
+                        help='what to train')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()
     began = time.time()

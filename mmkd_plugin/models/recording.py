@@ -17,13 +17,13 @@ def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: st
     for name, recorder in (recorders or {}).items():
         kind, source = str(recorder.get('type')).split('.')[-1], recorder.get('source')
         if kind in ('ModuleOutputs', 'ModuleInputs'):
-            known = [name for name, _ in model.named_modules() if name]
+            known = [name for name, _ in model.named_modules()]  # '' is the model itself
         elif kind == 'Parameter':
             known = [name for name, _ in model.named_parameters()]
         else:
             continue
         if source not in known:
-            raise ValueError(f'{field}.{name}: {type(model).__name__} has no {source!r}; {closest(source, known)}')
+            raise ValueError(f'{field}.{name}: {type(model).__name__} has no {source!r}; {closest(source, filter(None, known))}')
 
 
 class _Recorded(Exception):
@@ -35,8 +35,8 @@ class PartialForward:
 
     Neck recorders leave the head out, recorders of the second stage of a
     backbone leave the third out, and no loss is computed. Where a recorder is
-    of a function or method, which may only run in the loss, the whole model runs in
-    mode ``loss``, as in MMRazor.
+    of a function or method, or of a part of a head that a blank image does not reach
+    (``head.loss_module``), the whole model runs in mode ``loss``, as in MMRazor.
 
     Args:
         model: the network; ``recorders`` have been initialised with it.
@@ -81,10 +81,14 @@ class PartialForward:
             return
         finally:
             self._running = False
-        silent = [recorder.source for recorder, count in self._needed if len(recorder.data_buffer) < count]
+        silent = self.silent()
         if silent:
             raise ValueError(f'{type(self.model).__name__} did not run {", ".join(silent)} (as often as is read) '
                              f'in its forward in mode {self.mode!r}: record another layer')
+
+    def silent(self) -> list[str]:
+        """Returns the sources that have not run as often as is read."""
+        return [recorder.source for recorder, count in self._needed if len(recorder.data_buffer) < count]
 
     def remove(self) -> None:
         """Takes the hooks off the model again."""
@@ -96,7 +100,7 @@ class PartialForward:
 def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None) -> None:
     """Fills the recorders from one blank image of 224 x 224, in eval mode, to learn shapes at build time.
 
-    Nothing is filled if a recorder needs the loss, which would need ground truth.
+    What is recorded in the loss only stays empty: a loss would need ground truth.
     """
     forward = PartialForward(model, recorders, calls or {})
     if forward.mode == 'tensor':
@@ -106,6 +110,9 @@ def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict
         model.eval()
         try:
             forward(image, _blank_samples(model))
+        except ValueError:
+            if not all('head.' in source for source in forward.silent()):
+                raise
         finally:
             for module, training in modes.items():
                 module.training = training

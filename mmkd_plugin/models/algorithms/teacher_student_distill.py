@@ -199,10 +199,10 @@ class TeacherStudentDistill(SingleTeacherDistill):
     def _wire_teacher(self) -> PartialForward:
         """Returns the part of the teacher that the losses read, after trying them."""
         calls = dry_run(self.distiller, self.student, self.teacher)
-        self._forget_records()
         forward = PartialForward(self.teacher, self.distiller.teacher_recorders, calls)
-        if self.distiller.deliveries.deliveries:  # what they carry may only come about in the loss
+        if forward.silent() or self.distiller.deliveries.deliveries:  # both may only come about in the loss
             forward.mode = 'loss'
+        self._forget_records()
         return forward
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,

@@ -101,6 +101,27 @@ def test_only_the_part_that_is_read_runs(build):
     assert called == ['head.fc']
 
 
+def test_what_only_the_loss_runs_is_recorded_there_as_in_mmrazor(build):
+    """MMRazor's own DKD config records the inputs of the loss, for the labels."""
+    recorders = dict(fc=dict(type='ModuleOutputs', source='head.fc'),
+                     gt_labels=dict(type='ModuleInputs', source='head.loss_module'))
+    model = build(distill(architecture=classifier(8), teacher=classifier(16), distiller=dict(
+        type='ConfigurableDistiller', student_recorders=recorders, teacher_recorders=dict(fc=recorders['fc']),
+        distill_losses=dict(loss_dkd=dict(type='DKDLoss', tau=1, beta=0.5)),
+        loss_forward_mappings=dict(loss_dkd=dict(
+            preds_S=dict(from_student=True, recorder='fc'), preds_T=dict(from_student=False, recorder='fc'),
+            gt_labels=dict(from_student=True, recorder='gt_labels', data_idx=1))))), scope='mmpretrain')
+    assert losses_of(model, classification_batch())['distill.loss_dkd'] > 0
+    at_loss = dict(type='ModuleInputs', source='head.loss_module')
+    model = build(distill(architecture=classifier(8), teacher=classifier(16), distiller=dict(
+        type='ConfigurableDistiller', student_recorders=dict(logits=at_loss), teacher_recorders=dict(logits=at_loss),
+        distill_losses=dict(loss_kd=dict(type='KLDivergence')),
+        loss_forward_mappings=dict(loss_kd=dict(
+            preds_S=dict(from_student=True, recorder='logits', data_idx=0),
+            preds_T=dict(from_student=False, recorder='logits', data_idx=0))))), scope='mmpretrain')
+    assert losses_of(model, classification_batch())['distill.loss_kd'] > 0
+
+
 def test_every_call_that_is_read_is_waited_for(build):
     recorders = dict(cls=dict(type='ModuleOutputs', source='bbox_head.retina_cls'))
     mapping = {key: dict(recorder='cls', from_student=student, record_idx=2)
