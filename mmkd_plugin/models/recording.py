@@ -23,7 +23,8 @@ def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: st
         else:
             continue
         if source not in known:
-            raise ValueError(f'{field}.{name}: {type(model).__name__} has no {source!r}; {closest(source, filter(None, known))}')
+            raise ValueError(f'{field}.{name}: {type(model).__name__} has no {source!r}; '
+                             f'{closest(source, filter(None, known))}')
 
 
 class _Recorded(Exception):
