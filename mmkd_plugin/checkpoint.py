@@ -23,7 +23,7 @@ def read_weights(path: str, field: str) -> dict[str, Tensor]:
         ValueError: the file cannot be had, or holds no weights.
     """
     try:
-        content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        content = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     except Exception as error:  # what a file, a zip archive or a network can do wrong is not for us to list
         raise ValueError(f'{field}: cannot load {path!r} ({type(error).__name__}: {error})') from error
     for key in ('state_dict', 'model'):

@@ -63,7 +63,7 @@ def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = Fal
     if path.exists() and not overwrite:
         raise ValueError(f'out: {out!r} exists; choose another name, or overwrite it with --overwrite')
     model = build_student(cfg, checkpoint)
-    meta = dict(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu').get('meta', {}))
+    meta = dict(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent').get('meta', {}))
     meta['cfg'] = plain_config(cfg).pretty_text
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'{path.name}.unfinished')

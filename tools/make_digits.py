@@ -21,10 +21,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        made = make_digits(**vars(args), track=track_iter_progress)
+        bar = track_iter_progress if sys.stdout.isatty() else iter  # in a log it would be a line of 100 kB
+        made = make_digits(**vars(args), track=bar)
     except (FileExistsError, ValueError) as error:
         sys.exit(f'make_digits: {error}')
-    print(f'\n{args.root}: made' if made else f'{args.root}: there already, nothing to do')
+    print(f'{args.root}: made' if made else f'{args.root}: there already, nothing to do')
 
 
 if __name__ == '__main__':
