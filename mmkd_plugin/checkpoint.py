@@ -1,4 +1,5 @@
 """Reads weights out of any of the files people have, and loads them completely or not at all."""
+import re
 from collections.abc import Mapping
 
 import torch
@@ -34,6 +35,8 @@ def read_weights(path: str, field: str) -> dict[str, Tensor]:
         raise ValueError(f'{field}: {path!r} holds no weights: expected tensors by name, or such a dict '
                          'under "state_dict" or "model"')
     weights = {name.removeprefix('module.'): value for name, value in content.items()}
+    for name in [name for name in weights if re.search(r'(^|\.)data_preprocessor\.(mean|std)$', name)]:
+        del weights[name]  # old files hold what now only the config states
     if any(name.startswith(STUDENT_PREFIX) for name in weights):
         weights = {name.removeprefix(STUDENT_PREFIX): value
                    for name, value in weights.items() if name.startswith(STUDENT_PREFIX)}

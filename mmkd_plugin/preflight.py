@@ -1,8 +1,10 @@
 """Finds missing data and weights before a training starts, not an epoch into it."""
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
 
 from .cfg_path import read_cfg_path
 from .checkpoint import read_weights
@@ -19,6 +21,7 @@ def missing_inputs(cfg: Config, training: bool = True) -> list[str]:
         cfg: the whole config.
         training: whether to look at what training needs, or only at test data.
     """
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     loaders = ('train_dataloader', 'val_dataloader') if training else ('test_dataloader', )
     evaluators = ('val_evaluator', ) if training else ('test_evaluator', )
     found = [sentence for name in loaders if cfg.get(name)
@@ -27,7 +30,7 @@ def missing_inputs(cfg: Config, training: bool = True) -> list[str]:
         metrics = cfg.get(name) or []
         for metric in metrics if isinstance(metrics, list) else [metrics]:
             ann_file = metric.get('ann_file')
-            if ann_file and not Path(ann_file).exists():
+            if ann_file and not metric.get('backend_args') and not Path(ann_file).exists():
                 found.append(_sentence(f'{name}.ann_file', ann_file))
     if found and cfg.get('data_command'):
         found.append(f'To make this data: {cfg.data_command}')
@@ -46,8 +49,8 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
         for index, child in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
             place = f'{option}.{key}' + (f'.{index}' if isinstance(inner, (list, tuple)) else '')
             yield from _missing_data(child, place)
-    if dataset.get('backend_args'):
-        return  # not on this machine's disk
+    if dataset.get('backend_args') or _downloads(dataset):
+        return  # not on this machine's disk, or not yet
     root = Path(dataset.get('data_root') or '')
     if dataset.get('data_root') and not root.exists():
         yield _sentence(f'{option}.data_root', root)
@@ -61,6 +64,15 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
             yield _sentence(name, root / part)
 
 
+def _downloads(dataset: dict) -> bool:
+    """Whether the dataset fetches itself, as those of CIFAR and MNIST do."""
+    try:
+        kind = DATASETS.get(str(dataset.get('type')))
+    except Exception:  # whatever is wrong with the type is said where it is built
+        kind = None
+    return kind is not None and 'download' in signature(kind).parameters and dataset.get('download', True)
+
+
 def _missing_weights(cfg: Config) -> Iterator[str]:
     model = cfg.model
     for name in ('teacher_ckpt', 'student_ckpt'):
@@ -70,9 +82,12 @@ def _missing_weights(cfg: Config) -> Iterator[str]:
         yield from _missing_file(cfg.load_from, 'load_from')
     if not model.get('student_ckpt'):
         student = model.get('architecture', model)
-        inherited = student.get('cfg_path')
-        student = read_cfg_path(inherited, 'architecture').model if inherited else student
-        yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model')
+        if student.get('cfg_path'):  # nothing within it can be set from outside
+            found = list(_missing_pretrained(read_cfg_path(student.cfg_path, 'architecture').model, 'its backbone'))
+            yield from (f'{sentence.split("; supply it")[0]}; supply the whole student with --cfg-options '
+                        'model.student_ckpt=PATH, or inherit its config' for sentence in found)
+        else:
+            yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model')
 
 
 def _missing_pretrained(node: dict | list, option: str) -> Iterator[str]:

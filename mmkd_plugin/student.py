@@ -25,10 +25,13 @@ def plain_config(cfg: Config) -> Config:
     if student.get('cfg_path'):
         library = read_cfg_path(student.cfg_path, 'architecture')
         student = library.model
-        cfg.default_scope = library.default_scope
+        cfg.default_scope = library.get('default_scope', cfg.get('default_scope'))
     if 'data_preprocessor' in cfg.model:
         student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
     cfg.model = student
+    if str(cfg.get('optim_wrapper', {}).get('constructor')).startswith('mmkd_plugin.'):
+        cfg.optim_wrapper.pop('constructor')
+        cfg.optim_wrapper.pop('policy', None)
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', [])
                         if not str(hook.get('type')).startswith(('mmkd_plugin.', 'mmrazor.'))]
     return cfg

@@ -4,6 +4,7 @@ Trains a teacher, a student alone, the same student from the teacher's head ("in
 student distilled; exports each student, and lets plain MMDetection evaluate the exported file.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -82,14 +83,15 @@ def run_arm(arm: str, seed: int, root: Path) -> dict:
         options['model.teacher_ckpt'] = str(last_checkpoint(root / 'teacher'))
     cfg.merge_from_dict(options)
     work_dir.mkdir(parents=True, exist_ok=True)
-    config, done = work_dir / 'config.py', work_dir / 'result.json'
-    if done.exists() and config.exists() and config.read_text() == cfg.pretty_text:
+    config, done, state = work_dir / 'config.py', work_dir / 'result.json', work_dir / 'state.sha256'
+    same = state.exists() and state.read_text() == fingerprint(cfg)
+    if same and done.exists():
         print(f'{LABELS[arm]}, seed {seed}: done before, in {work_dir}')
         return json.loads(done.read_text())
-    resume = config.exists() and config.read_text() == cfg.pretty_text
     config.write_text(cfg.pretty_text)
+    state.write_text(fingerprint(cfg))
     train(f'{LABELS[arm]}, seed {seed}', [sys.executable, '-W', 'ignore', 'tools/train.py', config]
-          + (['--resume'] if resume else []), work_dir / 'train.log')
+          + (['--resume'] if same else []), work_dir / 'train.log')
 
     exported, plain = work_dir / 'student.pth', work_dir / 'plain_config.py'
     export_student(cfg, str(last_checkpoint(work_dir)), str(exported), overwrite=True)
@@ -101,6 +103,17 @@ def run_arm(arm: str, seed: int, root: Path) -> dict:
                   **{key.removeprefix('coco/'): value for key, value in metrics.items() if 'bbox' in key})
     done.write_text(json.dumps(result, indent=2))
     return result
+
+
+def fingerprint(cfg: Config) -> str:
+    """Returns a hash of all that decides a result: the config, this package's code, the data, the teacher."""
+    files = [*Path(mmkd_plugin.__file__).parent.rglob('*.py'), Path(cfg.data_root) / 'digits.json']
+    if 'teacher_ckpt' in cfg.model:
+        files.append(Path(cfg.model.teacher_ckpt))
+    total = hashlib.sha256(cfg.pretty_text.encode())
+    for file in sorted(files):
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def last_checkpoint(work_dir: Path) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_state_dict
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.preflight import missing_inputs
@@ -40,7 +41,7 @@ def main() -> None:
     cfg.load_from = None
     cfg.resume = False
     runner = Runner.from_cfg(cfg)
-    runner.model.load_state_dict(student.state_dict())
+    load_state_dict(runner.model, student.state_dict(), strict=True)  # MMEngine's looks inside parallel wrappers
     runner.test()
 
 

@@ -72,7 +72,7 @@ class PartialForward:
         Raises:
             ValueError: a recorded layer does not run in the model's forward.
         """
-        if not self.recorders.recorders:
+        if not self.recorders.recorders and self.mode == 'tensor':
             return
         self._running = True
         try:

@@ -14,8 +14,8 @@ from .inherit import num_classes
 def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module) -> dict[str, int]:
     """Returns how many calls of each recorded layer of the teacher are read.
 
-    Losses that read what is recorded in the loss only (functions, methods) are not tried: they
-    would need ground truth.
+    Losses that read what is recorded in the loss only (functions, methods), or something other than
+    tensors (data samples), are not tried: they would need ground truth.
 
     Raises:
         ValueError: a layer does not run, strides differ, a loss or connector
@@ -32,7 +32,7 @@ def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Mo
     training = distiller.training
     distiller.eval()  # running statistics of connectors are not for blank images
     for loss, inputs in mappings.items():
-        if all(_recorder(distiller, record).data_buffer for record in inputs.values()):
+        if all(_is_recorded(distiller, record) for record in inputs.values()):
             _check_strides(distiller, loss, inputs)
             _try_loss(distiller, loss, inputs)
     distiller.train(training)
@@ -42,6 +42,14 @@ def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Mo
 def _recorder(distiller: ConfigurableDistiller, record: dict):
     recorders = distiller.student_recorders if record['from_student'] else distiller.teacher_recorders
     return recorders.get_recorder(record['recorder'])
+
+
+def _is_recorded(distiller: ConfigurableDistiller, record: dict) -> bool:
+    if len(_recorder(distiller, record).data_buffer) <= record.get('record_idx', 0):
+        return False
+    value = _raw(distiller, record)
+    return isinstance(value, Tensor) or isinstance(value, (list, tuple)) and bool(value) and all(
+        isinstance(part, Tensor) for part in value)
 
 
 def _raw(distiller: ConfigurableDistiller, record: dict):
@@ -77,7 +85,10 @@ def _check_classes(distiller: ConfigurableDistiller, student: nn.Module, teacher
         return
     message = f'the student tells {s_classes} classes apart, the teacher {t_classes}'
     for loss, inputs in distiller.loss_forward_mappings.items():
-        for record in inputs.values():
-            if not record['from_student'] and 'head' in _recorder(distiller, record).source:
-                raise ValueError(f'{loss} reads {_recorder(distiller, record).source!r}, but {message}')
+        shapes = {record['from_student']: _raw(distiller, record).shape for record in inputs.values()
+                  if 'head' in _recorder(distiller, record).source and _is_recorded(distiller, record)
+                  and isinstance(_raw(distiller, record), Tensor)}
+        if len(shapes) == 2 and shapes[True][1:2] != shapes[False][1:2]:  # logits, not features inside a head
+            raise ValueError(f'{loss} compares outputs of heads, {tuple(shapes[True])} and {tuple(shapes[False])}, but '
+                             f'{message}')
     print_log(f'num_classes: {message}; only features are distilled.', logger='current', level=logging.WARNING)

@@ -8,10 +8,13 @@ from torch import nn
 from ...utils import closest
 
 
-def num_classes(model: nn.Module) -> list[int]:
-    """Returns the numbers of classes that the heads of ``model`` tell apart; a region proposal network has none."""
+def num_classes(model: nn.Module, within: str = '') -> list[int]:
+    """Returns the numbers of classes that the heads of ``model`` tell apart; a region proposal network has none.
+
+    ``within`` restricts it to the module of that name and what is in it.
+    """
     return sorted({module.num_classes for name, module in model.named_modules()
-                   if 'head' in name and 'rpn' not in name
+                   if 'head' in name and 'rpn' not in name and f'{name}.'.startswith(f'{within}.' if within else '')
                    and isinstance(getattr(module, 'num_classes', None), int)})
 
 
@@ -31,7 +34,7 @@ def check_inherit(inherit: Sequence[str], student: nn.Module, teacher: nn.Module
                 raise ValueError(f'inherit: the {whose}, {type(model).__name__}, has no module {name!r}; '
                                  f'{closest(name, filter(None, modules))}')
         s_module, t_module = student.get_submodule(name), teacher.get_submodule(name)
-        s_classes, t_classes = (getattr(module, 'num_classes', None) for module in (s_module, t_module))
+        s_classes, t_classes = num_classes(student, name), num_classes(teacher, name)
         if s_classes != t_classes:
             raise ValueError(f'inherit: {name!r} has num_classes {s_classes} in the student and {t_classes} '
                              'in the teacher')

@@ -53,6 +53,9 @@ class LossSchedule:
         now, length = hub.get_info('iter', 0), hub.get_info('max_iters', 1)
         if self.by_epoch:
             epochs = hub.get_info('max_epochs', 1)
+            if epochs == 1 and max(self.begin, self.end or 0) > 1:
+                raise ValueError('loss_schedules: by_epoch=True, but the training counts iterations only; state begin '
+                                 'and end in iterations')
             now, length = now * epochs / length, epochs
         end = self.end or max(length, self.begin + 1)
         progress = self.shape(min(max((now - self.begin) / (end - self.begin), 0.0), 1.0))

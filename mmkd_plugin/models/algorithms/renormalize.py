@@ -9,9 +9,9 @@ class Renormalize(nn.Module):
 
     With means and standard deviations :math:`\\mu, \\sigma` and, where the
     channel orders differ, channels reversed:
-    :math:`x_T = (x_S \\sigma_S + \\mu_S - \\mu_T) / \\sigma_T`. The padding of an
-    image smaller than its batch stays at the value it has in the batch, as it would
-    in the teacher's own preprocessor.
+    :math:`x_T = (x_S \\sigma_S + \\mu_S - \\mu_T) / \\sigma_T`. A preprocessor
+    without normalisation has :math:`\\mu = 0, \\sigma = 1`. The padding of an image
+    smaller than its batch stays at the value it has in the batch.
 
     Args:
         student: the preprocessor that made the batch.
@@ -29,8 +29,8 @@ class Renormalize(nn.Module):
 
     @classmethod
     def between(cls, student: nn.Module, teacher: nn.Module) -> 'Renormalize | None':
-        """Returns None where there is nothing to do, or the teacher states no normalisation."""
-        if not getattr(teacher, '_enable_normalize', False):
+        """Returns None where there is nothing to do, or the teacher's preprocessor is not one of images."""
+        if not hasattr(teacher, '_enable_normalize'):
             return None
         self = cls(student, teacher)
         if not self.reverse and bool((self.factor == 1).all() and (self.shift == 0).all()):

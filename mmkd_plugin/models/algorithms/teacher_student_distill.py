@@ -1,6 +1,7 @@
 """A frozen teacher, a student and what it is to learn."""
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from mmengine.model import BaseModel
@@ -72,11 +73,15 @@ class TeacherStudentDistill(SingleTeacherDistill):
             raise ValueError('teacher_ckpt is missing: a teacher without weights teaches noise. Give its checkpoint, '
                              'or allow_random_teacher=True if that is meant')
 
-        # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain).
-        if isinstance(architecture, dict) and 'cfg_path' not in architecture and data_preprocessor is not None:
-            architecture = dict(architecture)
-            architecture.setdefault('data_preprocessor', data_preprocessor)
+        # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
+        if isinstance(architecture, dict):
+            if not architecture.get('cfg_path') and data_preprocessor is not None:
+                architecture = dict(architecture)
+                architecture.setdefault('data_preprocessor', data_preprocessor)
             data_preprocessor = None
+        # One that the teacher's library makes up by default says nothing about the images it was trained on.
+        states_preprocessor = not isinstance(teacher, dict) or bool(
+            teacher.get('cfg_path') or teacher.get('data_preprocessor'))
         architecture = _build('architecture', architecture)
 
         # The student's random start is the one it has when trained alone with the same seed.
@@ -100,7 +105,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
             load_completely(self.student, student_ckpt, 'student_ckpt')
             self.student._is_init = True
         self.inherit = check_inherit(inherit, self.student, teacher)
-        self.__dict__['_renormalize'] = Renormalize.between(self.data_preprocessor, teacher.data_preprocessor)
+        self.__dict__['_renormalize'] = Renormalize.between(
+            self.data_preprocessor, teacher.data_preprocessor) if states_preprocessor else None
         self._schedules = build_schedules(
             loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
         self.data_preprocessor.register_forward_pre_hook(set_search_batch_aside)
@@ -108,8 +114,9 @@ class TeacherStudentDistill(SingleTeacherDistill):
 
     @property
     def _outside(self) -> list[nn.Module]:
-        """Modules that belong to the device, but not to the state, of this one."""
-        return [module for module in (self.__dict__.get('teacher'), self.__dict__.get('_renormalize')) if module]
+        """Modules that belong to the device, but not to the state, of this one; an EMA copy only borrows them."""
+        return [] if self.__dict__.get('_is_copy') else [
+            module for module in (self.__dict__.get('teacher'), self.__dict__.get('_renormalize')) if module]
 
     def _apply(self, fn, *args, **kwargs):
         for module in self._outside:
@@ -123,6 +130,7 @@ class TeacherStudentDistill(SingleTeacherDistill):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        new.__dict__['_is_copy'] = True
         return new
 
     def train(self, mode: bool = True) -> 'TeacherStudentDistill':
@@ -145,7 +153,7 @@ class TeacherStudentDistill(SingleTeacherDistill):
             self.distiller.set_deliveries_override(False)
             self._record_teacher(batch_inputs, data_samples)
         self.distiller.set_deliveries_override(True)
-        with self.distiller.student_recorders, self.distiller.deliveries:
+        with self.distiller.student_recorders, self.distiller.deliveries if distilling else nullcontext():
             losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
         if distilling:
             if hasattr(self.distiller, 'prepare_batch'):
@@ -210,6 +218,7 @@ class TeacherStudentDistill(SingleTeacherDistill):
         """Takes a checkpoint of this algorithm, which must fit entirely, or of the plain student."""
         student = prefix + STUDENT_PREFIX
         whole = any(key.startswith(student) for key in state_dict)
+        # Loaders of torch and of MMEngine both call this and then the hook below, but the hook sees no error messages.
         self.__dict__['_whole_load'] = (error_msgs if whole else None, unexpected_keys)
         if not whole:
             names = self.student.state_dict()
@@ -230,7 +239,8 @@ def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
     error_msgs, unexpected = model.__dict__.pop('_whole_load')
     missing = [key for key in incompatible.missing_keys if 'num_batches_tracked' not in key]
     if error_msgs is not None and (missing or unexpected or error_msgs):
-        raise ValueError('The checkpoint does not fit the model of this config:\n' + '\n'.join(
+        raise ValueError('The checkpoint does not fit the model of this config (to start from its student alone, give '
+                         'it as model.student_ckpt):\n' + '\n'.join(
             [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
             + error_msgs[:20]))
 
