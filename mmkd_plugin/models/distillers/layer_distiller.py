@@ -111,7 +111,8 @@ class LayerDistiller(ConfigurableDistiller):
         maps = [maps] if isinstance(maps, Tensor) else maps
         if not (isinstance(maps, (list, tuple)) and maps
                 and all(isinstance(x, Tensor) and x.dim() == 4 for x in maps)):
-            given = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps]
+            given = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                     for x in (maps if isinstance(maps, (list, tuple)) else [maps])]
             raise ValueError(f'layers: {layer!r} of the {"student" if from_student else "teacher"} must put out '
                              f'feature maps (N, C, H, W), got {given}')
         return maps

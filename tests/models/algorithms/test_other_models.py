@@ -66,7 +66,8 @@ def test_normalisation_in_an_old_teacher_file_is_not_a_weight(build, tmp_path):
     state = build(retinanet(16)).state_dict()
     state['data_preprocessor.mean'] = state['data_preprocessor.std'] = torch.ones(3, 1, 1)
     torch.save(state, tmp_path / 'old.pth')
-    build(distill(retinanet(8), retinanet(16), teacher_ckpt=str(tmp_path / 'old.pth')))
+    model = build(distill(retinanet(8), retinanet(16), teacher_ckpt=str(tmp_path / 'old.pth')), seed=1)
+    assert torch.equal(model.teacher.neck.fpn_convs[0].conv.weight, state['neck.fpn_convs.0.conv.weight'])
 
 
 def test_a_student_by_cfg_path_keeps_its_own_preprocessor(build):
