@@ -5,6 +5,7 @@ student distilled; exports each student, and lets plain MMDetection evaluate the
 """
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
@@ -12,11 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import mmdet
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 import mmkd_plugin
 from mmkd_plugin.student import build_student, export_student, plain_config
@@ -150,6 +153,7 @@ def measure_together(runs: dict[str, list[dict]]) -> None:
     """Adds parameters, FLOPs and latency; the models take turns, so that the machine's moods meet all alike."""
     from mmengine.analysis import get_model_complexity_info
     models = {}
+    MMLogger.get_current_instance().setLevel('ERROR')  # which modules do no arithmetic is no news
     for arm, found in runs.items():
         models[arm] = build_student(Config.fromfile(found[0]['config']), found[0]['exported']).eval()
         complexity = get_model_complexity_info(models[arm], input_shape=(3, 128, 128), show_table=False,
@@ -170,7 +174,10 @@ def measure_together(runs: dict[str, list[dict]]) -> None:
 
 def summary(found: list[dict]) -> dict:
     """Returns the mean over seeds, with the spread of AP where there are several."""
-    out = {key: statistics.fmean(result[key] for result in found) for key in COLUMNS}
+    out = {}
+    for key in COLUMNS:
+        values = [result[key] for result in found]
+        out[key] = values[0] if len(set(values)) == 1 else statistics.fmean(values)
     out['seeds'] = {str(result['seed']): result['bbox_mAP'] for result in found}
     if len(found) > 1:
         out.update({f'{key}_std': statistics.stdev(result[key] for result in found)
@@ -204,8 +211,9 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     images = [image for image in truth['images'] if len(boxes[image['id']]) >= 4][:5]
     figure, axes = plt.subplots(len(images), len(runs) + 1, figsize=(2.6 * (len(runs) + 1), 2.6 * len(images)),
                                 squeeze=False)
-    models = {arm: init_detector(found[0]['config'], found[0]['exported'], device='cpu')
-              for arm, found in runs.items()}
+    with redirect_stdout(io.StringIO()):  # it says what it loads
+        models = {arm: init_detector(found[0]['config'], found[0]['exported'], device='cpu')
+                  for arm, found in runs.items()}
     for row, image in zip(axes, images):
         path = str(Path(data.data_root) / data.data_prefix.img / image['file_name'])
         pixels = mmcv.imread(path, channel_order='rgb')
