@@ -18,7 +18,7 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=8,
-    num_workers=0,  # loading takes a millisecond an image, and workers would take the model's cores
+    num_workers=0,  # a batch of 8 loads in 6 ms of a 130 ms step (data_time in the teacher's log, 2 cores)
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         type='CocoDataset',

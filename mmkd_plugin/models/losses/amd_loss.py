@@ -20,7 +20,7 @@ class _SumOfSquares(torch.autograd.Function):
     def forward(ctx, feature: Tensor) -> Tensor:
         ctx.save_for_backward(feature)
         dtype = torch.promote_types(feature.dtype, torch.float32)
-        if feature.is_cuda:  # one fused kernel; on a CPU it takes four times as long as the blocks below
+        if feature.is_cuda:  # one fused kernel; on a CPU it is slower than the blocks below
             return torch.linalg.vector_norm(feature, dim=1, dtype=dtype).square_()
         attention = feature.new_zeros((feature.size(0), *feature.shape[2:]), dtype=dtype)
         for block in feature.split(16, dim=1):  # a block stays in the cache, a squared feature map would not
@@ -117,7 +117,9 @@ class AMDLoss(nn.Module):
     5. :math:`G = P - \log(e^P + e^{Neg})`, elementwise;
     6. :math:`L = \frac{1}{3} [mse(\hat G_S, \hat G_T) + mse(\hat P_S, \hat P_T)
        + mse(\hat{Neg}_S, \hat{Neg}_T)]`, a hat being the L2-normalisation over
-       the positions of a sample, mse the mean over N and positions.
+       the positions of a sample, mse the mean over N and positions. A hat
+       divides by 1e-3 at least, where the paper has no bound: only maps with all
+       energy in one position reach it, and their gradient would overflow.
 
     With ``local_grid=g > 1`` the loss is ``(1 - local_weight)`` times the above
     plus ``local_weight`` times the mean of steps 3 to 6 over g x g patches of
