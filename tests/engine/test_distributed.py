@@ -13,6 +13,16 @@ import mmkd_plugin  # noqa: F401
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
             base=dict(type='L2Loss', normalize=False, div_element=True))
 ALIGNED = dict(SOKD, base=dict(type='ATLoss'), connect=False, dam=None)
+# What is gathered, and from what, outlives the process group: a thread of gloo's that frees the last reference waits
+# for the interpreter's lock, which `destroy_process_group` holds while it waits for the thread.
+KEPT = []
+
+
+def gather(tensor):
+    gathered = [torch.empty_like(tensor) for _ in range(2)]
+    KEPT.append((tensor, gathered))
+    dist.all_gather(gathered, tensor)
+    return gathered
 
 
 def train(rank, distiller):
@@ -32,9 +42,7 @@ def train(rank, distiller):
             batch = detection_batch()
             parallel.train_step((batch, detection_batch()) if pairs else batch, wrapper)
             weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-            others = [torch.empty_like(weights) for _ in range(2)]
-            dist.all_gather(others, weights)
-            assert torch.equal(*others) and weights.isfinite().all()
+            assert torch.equal(*gather(weights)) and weights.isfinite().all()
 
     steps(3)
     steps(1, pairs=True)
@@ -46,9 +54,7 @@ def train(rank, distiller):
     model.distillation_stopped = True
     steps(2)
     assert torch.equal(frozen, model.distiller.dafa.alpha)
-    draws = [torch.zeros((), dtype=torch.long) for _ in range(2)]
-    dist.all_gather(draws, model.distiller.dafa.num_draws)
-    assert draws == [8, 8]
+    assert gather(model.distiller.dafa.num_draws) == [8, 8]
 
 
 def work(rank, port):
@@ -64,4 +70,4 @@ def test_search_frozen_and_stopped_under_ddp():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, ), nprocs=2)
+    torch.multiprocessing.spawn(work, (port, ), nprocs=2, daemon=True)
