@@ -31,6 +31,8 @@ ARMS = {
     'inherited': 'configs/digits/inherit_retinanet_r18-c16_digits-300.py',
     'amd': 'configs/digits/amd_retinanet_r18-c16_digits-300.py',
     'fitnet': 'configs/digits/fitnet_retinanet_r18-c16_digits-300.py',
+    'dafa': 'configs/digits/dafa_retinanet_r18-c16_digits-300.py',
+    'dam': 'configs/digits/dam_retinanet_r18-c16_digits-300.py',
     'sokd': 'configs/digits/sokd_retinanet_r18-c16_digits-300.py',
 }
 LABELS = {
@@ -39,6 +41,8 @@ LABELS = {
     'inherited': 'student alone, inherited start',
     'amd': 'distilled: AMD, inherited start',
     'fitnet': 'distilled: FitNet, inherited start',
+    'dafa': 'distilled: FitNet and DAFA, inherited start',
+    'dam': 'distilled: FitNet and DAM, inherited start',
     'sokd': 'distilled: SoKD on FitNet, inherited start',
 }
 COLUMNS = {
@@ -55,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--seeds', type=int, nargs='+', default=[1],
                         help='seeds of the students; the teacher has 0, and the weights were tuned on 0')
-    parser.add_argument('--arms', nargs='+', choices=ARMS, default=['teacher', 'student', 'inherited', 'amd'],
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=['teacher', 'student', 'inherited', 'amd', 'sokd'],
                         help='what to train')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()
