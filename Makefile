@@ -6,8 +6,8 @@ setup:  ## .venv with the official stack; continues after an interruption
 demo: setup  ## distils a small detector on a CPU and shows what it gained
 	.venv/bin/python -W ignore tools/demo.py
 
-test: setup lint  ## the whole suite
-	.venv/bin/python -m pytest -q
+test: setup lint  ## the whole suite, on up to four cores
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	.venv/bin/ruff check .

@@ -15,6 +15,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmkd_plugin', 'mmkd_plugin.*']),
+    # links to configs/, tools/ and model-index.yml, where OpenMMLab's tools look; a wheel has the files themselves
+    package_data={'mmkd_plugin': ['.mim/*.yml', '.mim/configs/**/*.yml', '.mim/configs/**/*.py', '.mim/tools/*']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.0',

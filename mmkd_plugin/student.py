@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader, weights_to_cpu
+from torch import nn
 
 from .cfg_path import read_cfg_path
 from .checkpoint import load_completely
@@ -52,11 +53,23 @@ def build_student(cfg: Config, checkpoint: str) -> BaseModel:
     return model
 
 
-def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = False) -> None:
+def foreign_parts(module: nn.Module, name: str = 'the model') -> list[str]:
+    """Returns what plain MMDetection and MMPretrain cannot build, such as ``'backbone (mmrazor.WideResNet)'``."""
+    package = type(module).__module__.partition('.')[0]
+    if package in ('mmkd_plugin', 'mmrazor'):
+        return [f'{name} ({package}.{type(module).__name__})']
+    inner = '' if name == 'the model' else f'{name}.'
+    return [part for child, each in module.named_children() for part in foreign_parts(each, inner + child)]
+
+
+def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = False) -> list[str]:
     """Writes the student of ``checkpoint`` to ``out``, loadable by plain MMDetection or MMPretrain.
 
     The file has ``state_dict`` and ``meta`` (the classes, and the plain config as text), as
     those libraries write it. It is written whole or not at all.
+
+    Returns:
+        :func:`foreign_parts` of the student. Where there are any, the file loads after ``import mmkd_plugin`` only.
 
     Raises:
         ValueError: the weights do not fit the student, or ``out`` exists and
@@ -72,3 +85,4 @@ def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = Fal
     unfinished = path.with_name(f'{path.name}.unfinished')
     torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), unfinished)
     os.replace(unfinished, path)
+    return foreign_parts(model)

@@ -1,5 +1,6 @@
 """Miniature data laid out as COCO and ImageNet, and weights files, for configs that run unchanged on the real ones."""
 import json
+import pickle
 from pathlib import Path
 
 import mmcv
@@ -88,3 +89,23 @@ def _settle(network: torch.nn.Module) -> None:
         last = getattr(block, 'bn3', None) or getattr(block, 'bn2', None)
         if last is not None:
             last.weight.fill_(0.1)
+
+
+def make_cifar(root: Path, images: int = 4) -> Path:
+    """CIFAR-10 and CIFAR-100 in the files of their Python versions, with a few images in each."""
+    rng = np.random.default_rng(0)
+    files = [(f'cifar-10-batches-py/{name}', 'labels', 10)
+             for name in (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch')]
+    files += [(f'cifar-100-python/{name}', 'fine_labels', 100) for name in ('train', 'test')]
+    for name, key, classes in files:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps({'data': rng.integers(0, 256, (images, 3 * 32 * 32), np.uint8),
+                                       key: [i % classes for i in range(images)]}))
+    return root
+
+
+def cifar_options(root: Path) -> dict[str, str | bool]:
+    """As a dict, for ``False`` is no text."""
+    return {f'{loader}.dataset.{key}': value for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
+            for key, value in (('data_root', str(root)), ('download', False))}

@@ -18,9 +18,13 @@ def main() -> None:
     args = parser.parse_args()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
-    export_student(cfg, args.checkpoint, args.out, args.overwrite)
-    print(f'{args.out}: the student, complete; load it with the student\'s own config and neither mmkd_plugin '
-          'nor mmrazor.')
+    foreign = export_student(cfg, args.checkpoint, args.out, args.overwrite)
+    if foreign:
+        print(f'{args.out}: the student, complete; but MMDetection and MMPretrain do not have its '
+              f'{", ".join(foreign)}: load it with the student\'s own config after `import mmkd_plugin`.')
+    else:
+        print(f'{args.out}: the student, complete; load it with the student\'s own config and neither mmkd_plugin '
+              'nor mmrazor.')
 
 
 if __name__ == '__main__':

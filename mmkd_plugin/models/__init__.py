@@ -2,6 +2,7 @@ import mmrazor.models  # noqa: F401  registers what the configs here take from M
 
 from .algorithms import *  # noqa: F403
 from .area_detectors import *  # noqa: F403
+from .backbones import *  # noqa: F403
 from .connectors import *  # noqa: F403
 from .distillers import *  # noqa: F403
 from .losses import *  # noqa: F403

@@ -84,11 +84,17 @@ def _check_classes(distiller: ConfigurableDistiller, student: nn.Module, teacher
     if s_classes == t_classes:
         return
     message = f'the student tells {s_classes} classes apart, the teacher {t_classes}'
+    unseen = []
     for loss, inputs in distiller.loss_forward_mappings.items():
+        seen = {record['from_student'] for record in inputs.values() if _is_recorded(distiller, record)}
+        if seen != {record['from_student'] for record in inputs.values()}:
+            unseen.append(loss)
         shapes = {record['from_student']: _raw(distiller, record).shape for record in inputs.values()
                   if 'head' in _recorder(distiller, record).source and _is_recorded(distiller, record)
                   and isinstance(_raw(distiller, record), Tensor)}
         if len(shapes) == 2 and shapes[True][1:2] != shapes[False][1:2]:  # logits, not features inside a head
             raise ValueError(f'{loss} compares outputs of heads, {tuple(shapes[True])} and {tuple(shapes[False])}, but '
                              f'{message}')
-    print_log(f'num_classes: {message}; only features are distilled.', logger='current', level=logging.WARNING)
+    what = (f'only training shows whether these compare classes: {", ".join(unseen)}' if unseen else
+            'only features are distilled')
+    print_log(f'num_classes: {message}; {what}.', logger='current', level=logging.WARNING)

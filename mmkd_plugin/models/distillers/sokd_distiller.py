@@ -42,7 +42,7 @@ class SoKDDistiller(LayerDistiller):
 
     The base is written short (``layers`` and ``base``), or as in MMRazor's ``ConfigurableDistiller``
     with ``refine`` to name its features, or both. With ``dafa=None, dam=None`` it is the base distiller,
-    to the bit. Losses, besides the user's:
+    to the bit, but that a connector runs once a step and not for every loss. Losses, besides the user's:
 
     ==================================  ===========================================================
     ``loss_base_LAYER[_LEVEL]``         the base loss at each map of ``layers``
@@ -271,9 +271,9 @@ class SoKDDistiller(LayerDistiller):
 
     def compute_distill_losses(self, search: bool = True) -> dict[str, Tensor]:
         """The losses of what is recorded; without ``loss_aug`` unless ``search``."""
-        if not self.refining:
-            return super().compute_distill_losses()
         with self._step():
+            if not self.refining:
+                return super().compute_distill_losses()
             t_maps = [self.maps(pair.teacher, False) for pair in self.features]
             refined = self._refine(t_maps)
             losses = super().compute_distill_losses()

@@ -194,7 +194,7 @@ def test_number_of_levels_does_not_scale_the_losses():
 
 def test_weights_and_keys():
     s, t = pyramid(seed=1), pyramid(seed=2)
-    plain = DAM(8, anchor='boxes')
+    plain = DAM(8, anchor='boxes', area_loss_weight=1.)
     weighted = DAM(8, anchor='boxes', detect_loss_weight=1000., area_loss_weight=10., anchor_loss_weight=0.1)
     weighted.load_state_dict(plain.state_dict())
     a, b = (dam(s, t, gt_boxes=GT, image_shape=SHAPE) for dam in (plain, weighted))
@@ -357,7 +357,7 @@ def test_bf16_is_close_to_float32():
 
 
 def test_detect_shows_what_the_losses_use():
-    dam = DAM(8, num_areas=4, anchor=None)
+    dam = DAM(8, num_areas=4, anchor=None, area_loss_weight=1.)
     s, t = pyramid(seed=1), pyramid(seed=2)
     levels = dam.detect(s, t)
     assert [tuple(level['s_heatmap'].shape) for level in levels] == [(2, 12, 16), (2, 6, 8), (2, 3, 4)]

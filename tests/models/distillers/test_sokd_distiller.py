@@ -164,6 +164,17 @@ def hand_written(connect):
             s_feature=student[i], t_feature=dict(recorder='feat', from_student=False, data_idx=i)) for i in levels})
 
 
+def once(connector):
+    """MMRazor runs a connector for each level's loss, whose gradients then differ by the order of their sum."""
+    forward, last = connector.forward, []
+
+    def keep(maps):
+        if not last or last[0] is not maps[0]:
+            last[:] = [maps[0], forward(maps)]
+        return last[1]
+    connector.forward = keep
+
+
 @pytest.mark.parametrize('connect', [True, False])
 def test_without_its_blocks_it_is_the_base_to_the_bit(build, connect):
     amd = dict(scale_free=True)
@@ -176,6 +187,8 @@ def test_without_its_blocks_it_is_the_base_to_the_bit(build, connect):
     for distiller in distillers:
         model = build(detect(distiller))
         model.init_weights()
+        for connector in model.distiller.connectors.values():
+            once(connector)
         optimizer = build_optim_wrapper(model, dict(optimizer=OPTIM['optimizer']))
         for _ in range(3):
             model.train().train_step(copy.deepcopy(batch), optimizer)
@@ -192,6 +205,15 @@ def test_the_written_config_is_the_base(build):
     batch = detection_batch()
     first, second = losses_of(model, batch), losses_of(again, batch)
     assert first == second and len(first) == 4
+
+
+@pytest.mark.parametrize('parts', [{}, dict(dafa=None), dict(dam=None), dict(dafa=None, dam=None)])
+def test_the_adapter_runs_once_a_step(build, parts):
+    model = build(detect(dict(NECK, **parts))).train()
+    ran = []
+    model.distiller.connectors['phi_neck'].register_forward_pre_hook(lambda *_: ran.append(1))
+    losses_of(model, detection_batch())
+    assert ran == [1]
 
 
 def test_the_student_starts_as_it_would_alone(build):

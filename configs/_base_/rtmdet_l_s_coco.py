@@ -1,0 +1,10 @@
+# RTMDet-l teaches RTMDet-s on COCO; the student's model, data and schedule are MMDetection's. Neck and head of the
+# student have half the teacher's width, so that nothing can be inherited.
+_base_ = ['mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py']
+
+model = dict(
+    _delete_=True,
+    type='mmkd_plugin.TeacherStudentDistill',
+    architecture=_base_.model,
+    teacher=dict(cfg_path='mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py'),
+    teacher_ckpt='https://download.openmmlab.com/mmdetection/v3.0/rtmdet/rtmdet_l_8xb32-300e_coco/rtmdet_l_8xb32-300e_coco_20220719_112030-5a0be7c4.pth')  # noqa: E501

@@ -1,0 +1,8 @@
+# AMD, scale-free, at every level of the pyramid.
+_base_ = ['./_base_/rtmdet_l_s_coco.py']
+
+model = dict(
+    distiller=dict(
+        type='mmkd_plugin.AMDDistiller',
+        layers=['neck'],
+        amd=dict(scale_free=True)))

@@ -1,0 +1,4 @@
+from .composer import compose
+from .text import BASES, METHODS
+
+__all__ = ['compose', 'BASES', 'METHODS']

@@ -1,0 +1,110 @@
+"""The config of a distillation, as Python that a person would have written."""
+from dataclasses import dataclass
+from textwrap import wrap
+
+METHODS = dict(amd='AMD', sokd='SoKD')
+BASES = ('fitnet', 'at', 'reviewkd')
+_WIDTH = 120
+
+
+@dataclass
+class Plan:
+    """What the config is to say."""
+    method: str  # of METHODS
+    base: str | None  # of BASES, for SoKD
+    student: str  # as _base_ names it
+    teacher: str
+    teacher_ckpt: str
+    layers: list[tuple[str, str]]  # of student and teacher
+    strides: list[int | float]  # of the maps of the layers; empty if not known
+    inherit: list[str]
+    logits: tuple[str, str] | None  # of student and teacher, where they are distilled too
+    task_loss: str | None  # its type, if logits are distilled and the student's config leaves it to the head
+    detector: bool
+    length: dict[str, int]  # max_epochs or max_iters
+    hooks: bool  # whether the student has custom_hooks
+    remarks: list[str]
+
+
+def config_text(plan: Plan) -> str:
+    """Returns the config as Python."""
+    lines = _comment(f'{METHODS[plan.method]}: {plan.teacher} teaches {plan.student}.')
+    for remark in plan.remarks:
+        lines += _comment(remark)
+    lines += [f'_base_ = [{plan.student!r}]', '']
+    if plan.logits:
+        loss = f' = dict(type={plan.task_loss!r}, loss_weight=0.1)' if plan.task_loss else '.loss_weight = 0.1'
+        lines += [f'_base_.model.head.loss{loss}  # of the labels; 0.9 of the teacher', '']
+    lines += ['model = dict(',
+              '    _delete_=True,',
+              "    type='mmkd_plugin.TeacherStudentDistill',",
+              '    architecture=_base_.model,',
+              f'    teacher=dict(cfg_path={plan.teacher!r}),{_seen_from(plan.teacher)}',
+              f'    teacher_ckpt={plan.teacher_ckpt!r},{_seen_from(plan.teacher_ckpt)}']
+    if plan.inherit:
+        lines += _list('    inherit=', plan.inherit, "start from the teacher's weights, where shapes agree")
+    if plan.base == 'reviewkd':
+        end = 'end=1, by_epoch=True' if 'max_epochs' in plan.length else f'end={max(1, _length(plan) // 100)}'
+        lines.append(f"    loss_schedules={{'loss_base*': dict(start_factor=0.0, {end})}},  # a warm-up")
+    lines += ['    distiller=dict(', f"        type='mmkd_plugin.{METHODS[plan.method]}Distiller',"]
+    layers = [pair[0] if len(set(pair)) == 1 else pair for pair in plan.layers]
+    strides = f'stride {", ".join(map(str, plan.strides))}' if plan.strides else ''
+    lines += _list('        layers=', layers, strides)
+    lines += _amd(plan) if plan.method == 'amd' else _sokd(plan)
+    return '\n'.join(line if len(line) <= _WIDTH else f'{line}  # noqa: E501' for line in lines) + '\n'
+
+
+def _length(plan: Plan) -> int:
+    return next(iter(plan.length.values()))
+
+
+def _comment(text: str) -> list[str]:
+    return wrap(text, _WIDTH, initial_indent='# ', subsequent_indent='# ', break_long_words=False,
+                break_on_hyphens=False)
+
+
+def _seen_from(path: str) -> str:
+    return '' if '::' in path or '://' in path else '  # seen from where you run'
+
+
+def _list(start: str, values: list, comment: str) -> list[str]:
+    """``start`` and a list, on one line if it fits with its comment."""
+    comment = f'  # {comment}' if comment else ''
+    line = f'{start}{values!r},{comment}'
+    if len(line) <= _WIDTH:
+        return [line]
+    indent = ' ' * (len(start) - len(start.lstrip()))
+    return [f'{start}[{comment}', *(f'{indent}    {value!r},' for value in values), f'{indent}],']
+
+
+def _amd(plan: Plan) -> list[str]:
+    if plan.detector:
+        return ['        amd=dict(scale_free=True)))  # one weight for small and large maps']
+    if not plan.logits:
+        return ['        amd=dict(loss_weight=1000.0)))  # of each layer; the paper prints none']
+    return ['        amd=dict(loss_weight=1000.0),  # of each layer; the paper prints none',
+            f"        student_recorders=dict(logits=dict(type='ModuleOutputs', source={plan.logits[0]!r})),",
+            f"        teacher_recorders=dict(logits=dict(type='ModuleOutputs', source={plan.logits[1]!r})),",
+            "        distill_losses=dict(loss_kd=dict(type='KLDivergence', tau=4, loss_weight=0.9)),",
+            '        loss_forward_mappings=dict(',
+            '            loss_kd=dict(',
+            "                preds_S=dict(recorder='logits', from_student=True),",
+            "                preds_T=dict(recorder='logits', from_student=False)))))"]
+
+
+def _sokd(plan: Plan) -> list[str]:
+    fitnet = f"type='L2Loss', normalize=False, div_element=True, loss_weight={0.5 if plan.detector else 100.0}"
+    base = dict(
+        fitnet=[f'        base=dict({fitnet}),  # FitNet'],
+        at=["        base=dict(type='ATLoss', loss_weight=1000.0),  # a mean over positions: large maps need more",
+            '        connect=False,  # AT needs no adapter'],
+        reviewkd=["        base=dict(type='mmkd_plugin.ReviewKDLoss'),"])
+    unit = 'search_epochs' if 'max_epochs' in plan.length else 'search_iters'
+    hook = f"dict(type='mmkd_plugin.FreezePolicyHook', {unit}={max(1, round(_length(plan) / 6))})"
+    return [*base[plan.base],
+            f'        dafa=dict({"beta_init=0.1" if plan.detector else ""}),',
+            f"        dam=dict(anchor='{'boxes' if plan.detector else 'attention'}')))",
+            'optim_wrapper = dict(',
+            "    constructor='mmkd_plugin.PolicyOptimWrapperConstructor',",
+            "    policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))",
+            f'custom_hooks = [{"*_base_.custom_hooks, " if plan.hooks else ""}{hook}]  # a sixth of the training']

@@ -1,0 +1,90 @@
+"""Which layers of two networks belong together, and what one may start from the other's weights."""
+from torch import nn
+
+from ..models.algorithms.inherit import num_classes
+from .network import Network, same_classes, stride
+
+
+def propose_layers(student: Network, teacher: Network, stages: slice, one_width: bool) -> list[tuple[str, str]]:
+    """Returns pairs (student's, teacher's) of modules whose maps have the same strides.
+
+    The whole neck if all its levels agree, else those of its levels that do, else
+    stages of the backbone, else the whole backbone.
+
+    Args:
+        stages: which of the stages in common, from shallow to deep.
+        one_width: whether all maps of a module must have the same channels.
+
+    Raises:
+        ValueError: nothing agrees; lists what there is.
+    """
+    def agree(module: str) -> bool:
+        if not student.sizes(module) or student.sizes(module) != teacher.sizes(module):
+            return False
+        return not one_width or all(len({x.shape[1] for x in network.maps[module]}) == 1
+                                    for network in (student, teacher))
+
+    if agree('neck'):
+        return [('neck', 'neck')]
+    for s_found, t_found, wanted in ((student.levels(), teacher.levels(), slice(None)),
+                                     (student.stages(), teacher.stages(), stages)):
+        common = [size for size in s_found if size in t_found]
+        if common:
+            return [(s_found[size], t_found[size]) for size in common[wanted] or common]
+    if agree('backbone'):
+        return [('backbone', 'backbone')]
+    raise ValueError(f'layers: no stride in common: {_strides_of(student)}; {_strides_of(teacher)}. '
+                     'Name pairs with --layers STUDENT=TEACHER')
+
+
+def _strides_of(network: Network) -> str:
+    found = {**network.stages(), **network.levels()}
+    given = ', '.join(f'{stride(size[0])} ({name})' for size, name in found.items())
+    return f'{network.name} has feature maps of stride {given}' if given else (
+        f'{network.name} has no module that puts out feature maps (N, C, H, W), its backbone is '
+        f'{type(getattr(network.model, "backbone", None)).__name__}')
+
+
+def propose_inherit(student: Network, teacher: Network) -> list[str]:
+    """Returns modules beside the backbone that may start from the teacher's weights.
+
+    Heads must be of one class and tell the same classes apart. A neck serves its head, so one head must be of
+    one class, and the levels of the neck must have the same strides. Of what remains, a module of which
+    every layer is in the teacher too, in the same shape, is named whole; else those of its children of
+    which more than half of the layers are.
+    """
+    pairs = {name: (module, getattr(teacher.model, name, None)) for name, module in student.model.named_children()
+             if name not in ('backbone', 'data_preprocessor')}
+    pairs = {name: pair for name, pair in pairs.items() if type(pair[0]) is type(pair[1])}
+    if not any('head' in name for name in pairs) or student.sizes('neck') != teacher.sizes('neck'):
+        pairs.pop('neck', None)
+    if not same_classes(student, teacher):
+        pairs = {name: pair for name, pair in pairs.items() if not num_classes(student.model, name)}
+    names = []
+    for name, (s_module, t_module) in pairs.items():
+        if _all(fitting(s_module, t_module)):
+            names.append(name)
+            continue
+        t_children = dict(t_module.named_children())
+        for child, module in s_module.named_children():
+            fit, layers = fitting(module, t_children[child]) if child in t_children else (0, 0)
+            names += [f'{name}.{child}'] if 2 * fit > layers else []
+    return names
+
+
+def _all(counts: tuple[int, int]) -> bool:
+    return counts[0] == counts[1] > 0
+
+
+def fitting(s_module: nn.Module, t_module: nn.Module) -> tuple[int, int]:
+    """Returns how many of the student's layers with weights the teacher has, by name and shape, of how many."""
+    t_layers = dict(t_module.named_modules())
+    shapes = [(_shapes(layer), _shapes(t_layers.get(name))) for name, layer in s_module.named_modules()
+              if _shapes(layer)]
+    return sum(s == t for s, t in shapes), len(shapes)
+
+
+def _shapes(layer: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's own weights, without those of the layers in it."""
+    weights = () if layer is None else layer.named_parameters(recurse=False)
+    return {name: tuple(weight.shape) for name, weight in weights}

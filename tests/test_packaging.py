@@ -1,0 +1,203 @@
+"""What is installed has the configs and tools where OpenMMLab looks; what is said about the configs is true."""
+import functools
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.config import Config
+from mmengine.hub import get_config
+from modelindex.load_model_index import load as load_model_index
+
+import mmkd_plugin
+from mmkd_plugin.cfg_path import read_cfg_path
+
+ROOT = Path(__file__).parent.parent
+METAFILE = yaml.safe_load((ROOT / 'configs/metafile.yml').read_text())
+MODELS = {model['Name']: model for model in METAFILE['Models']}
+DISTILLED = {name: model['Metadata'] for name, model in MODELS.items() if 'Teacher' in model['Metadata']}
+
+# In another folder, with the installed copy before the repository on the path.
+INSTALLED = '''
+import functools
+import runpy
+import sys
+from pathlib import Path
+
+import mmengine.config.config
+import mmengine.config.utils
+from mmengine.config import Config
+
+import mmkd_plugin
+from mmkd_plugin.cfg_path import read_cfg_path
+
+mim = Path(sys.argv[1]) / 'mmkd_plugin/.mim'
+assert Path(mmkd_plugin.__file__).parent == mim.parent, mmkd_plugin.__file__
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)  # the libraries' metafiles: half a second
+mmengine.config.config.is_installed = functools.cache(mmengine.config.config.is_installed)
+
+models = [Config.fromfile(file).model for file in (mim / 'configs').glob('*.py')]
+models += [Config.fromfile(file).model for file in (mim / 'configs/digits').glob('*.py')]
+teachers = {model.teacher.cfg_path for model in models if 'teacher' in model}
+libraries = {path for path in teachers if '::' in path}  # the others are files seen from the repository
+assert len(libraries) >= 6
+for path in libraries:
+    read_cfg_path(path)
+
+Path('mine.py').write_text("""
+_base_ = [__import__('mmkd_plugin').__path__[0] + '/.mim/configs/amd_retinanet_coco.py']
+model = dict(distiller=dict(amd=dict(loss_weight=2.0)))
+""")
+distiller = Config.fromfile('mine.py').model.distiller
+assert distiller.type == 'mmkd_plugin.AMDDistiller' and distiller.amd == dict(scale_free=True, loss_weight=2.0)
+
+sys.argv = ['train.py', '--help']
+runpy.run_path(str(mim / 'tools/train.py'), run_name='__main__')
+'''
+
+
+# What MMEngine reads anew for each config takes half a second: all metafiles of a library, and what is installed.
+READ_ONCE = {f'{module}.{name}': functools.cache(getattr(importlib.import_module(module), name))
+             for module, name in (('mmengine.config.utils', 'load'), ('mmengine.config.config', 'is_installed'),
+                                  ('mmengine.utils.package_utils', 'is_installed'))}
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    for name, function in READ_ONCE.items():
+        monkeypatch.setattr(name, function)
+
+
+@pytest.fixture
+def generator(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    return importlib.import_module('make_model_index')
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """The package as ``pip install .`` installs it, made from a copy, because a build leaves files behind."""
+    source, site = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('site')
+    for name in ('mmkd_plugin', 'configs', 'tools', 'setup.py', 'pyproject.toml', 'README.md', 'model-index.yml'):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', '--no-deps',
+                    '--no-build-isolation', '--no-compile', '--target', site, source], check=True)
+    return site
+
+
+def files(root):
+    return {path.relative_to(root).as_posix() for path in root.rglob('*')
+            if path.is_file() and '__pycache__' not in path.parts}
+
+
+def test_an_installed_package_has_the_files_themselves(site):
+    mim = site / 'mmkd_plugin/.mim'
+    for folder in ('configs', 'tools'):
+        assert files(mim / folder) == files(ROOT / folder)
+        for name in files(mim / folder):
+            assert (mim / folder / name).read_bytes() == (ROOT / folder / name).read_bytes()
+    assert os.access(mim / 'tools/dist_train.sh', os.X_OK)
+    assert not any(path.is_symlink() or path.suffix == '.pyc' for path in mim.rglob('*'))
+
+
+def test_openmmlabs_tools_find_every_config_in_an_installed_package(site):
+    """As openmim does: the index names the file, ``mim train`` finds it by its name alone."""
+    mim = site / 'mmkd_plugin/.mim'
+    index = load_model_index(str(mim / 'model-index.yml'))
+    index.build_models_with_collections()
+    assert {model.name for model in index.models} == set(MODELS)
+    names = [path.name for path in mim.parent.rglob('*')]
+    for model in index.models:
+        assert (mim / model.config).is_file() and names.count(Path(model.config).name) == 1
+
+
+def test_an_installed_package_works_without_the_repository(site, tmp_path):
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', INSTALLED, str(site)], cwd=tmp_path, text=True,
+                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(site)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'train config file' in done.stdout
+
+
+def test_an_editable_installation_has_the_repositorys_files():
+    mim = Path(mmkd_plugin.__file__).parent / '.mim'
+    for name in ('configs', 'tools', 'model-index.yml'):
+        assert (mim / name).samefile(ROOT / name)
+
+
+def test_metafile_and_tables_say_what_the_configs_say(generator):
+    for path, text in generator.pages().items():
+        assert (ROOT / path).read_text() == text, f'{path} is old: run `python tools/make_model_index.py`'
+
+
+def test_the_index_is_well_formed():
+    index = load_model_index(str(ROOT / 'model-index.yml'))
+    assert not index.check(silent=True)
+
+
+def test_every_config_has_an_entry_and_each_name_is_true():
+    found = [*(ROOT / 'configs').glob('*.py'), *(ROOT / 'configs/digits').glob('*.py')]
+    assert {model['Config'] for model in MODELS.values()} == {path.relative_to(ROOT).as_posix() for path in found}
+    for name, model in MODELS.items():
+        assert Path(model['Config']).stem == name
+        data = model['Metadata']['Training Data'].lower().replace('-', '').removesuffix('1k')
+        assert name.rpartition('_')[2].removesuffix('-300') == data
+        method = re.match('amd|sokd', name)
+        assert not method or model['In Collection'].lower() == method[0]
+
+
+@pytest.mark.parametrize('name', DISTILLED)
+def test_teacher_and_student_are_those_of_the_config(name):
+    teacher, student = DISTILLED[name]['Teacher'], DISTILLED[name]['Student']
+    cfg = Config.fromfile(ROOT / MODELS[name]['Config'], format_python_code=False)
+    if '::' in teacher['Config']:
+        official = get_config(teacher['Config'], pretrained=True).model_path
+        assert cfg.model.teacher_ckpt == teacher['Weights'] == official
+    else:
+        teacher_cfg = Config.fromfile(ROOT / teacher['Config'])
+        last = f'work_dirs/{Path(teacher["Config"]).stem}/epoch_{teacher_cfg.train_cfg.max_epochs}.pth'
+        assert cfg.model.teacher_ckpt == last and 'Weights' not in teacher
+    alone = read_cfg_path(student['Config'] if '::' in student['Config'] else str(ROOT / student['Config'])).model
+    for part in ('backbone', 'neck'):
+        assert _bare(alone.get(part)) == _bare(cfg.model.architecture.get(part))
+
+
+def _bare(part):
+    return {key: value for key, value in (part or {}).items() if key not in ('_scope_', 'init_cfg')}
+
+
+def test_results_of_the_papers_are_not_ours(generator):
+    for name, results in generator.PAPER_RESULTS.items():
+        assert MODELS[name]['Metadata'][generator.NOT_MEASURED] == results
+        assert 'Results' not in MODELS[name]
+        row = next(line for line in (ROOT / 'docs/sokd.md').read_text().splitlines() if f'/{name}.py`' in line)
+        assert generator.NOT_MEASURED in row and all(str(value) in row for value in results.values())
+
+
+def test_our_results_are_those_of_the_readme(generator, monkeypatch, tmp_path):
+    monkeypatch.setattr(generator, 'ROOT', tmp_path)
+    (tmp_path / 'README.md').write_text('| teacher | 0.575 | 0.808 |\n'
+                                        '| distilled: AMD, inherited start | 0.412 ± 0.010 | 0.5 |\n')
+    assert generator.box_ap(generator.ARMS['teacher']) == 57.5
+    assert generator.box_ap(generator.ARMS['amd']) == 41.2
+    assert generator.box_ap(generator.ARMS['student']) is None
+    assert generator.box_ap('configs/amd_retinanet_coco.py') is None
+
+
+def test_what_cannot_be_said_is_an_error(generator, monkeypatch, tmp_path):
+    file = tmp_path / 'amd_x_moon.py'
+    file.write_text('model = dict(type="A")\ntrain_cfg = dict(max_epochs=1)\n'
+                    'train_dataloader = dict(dataset=dict(type="R", dataset=dict(data_root="data/moon/")))\n')
+    with pytest.raises(ValueError, match="amd_x_moon.py: expected .*data_root.*coco.* got 'moon'"):
+        generator.data(Config.fromfile(file), file)
+    with pytest.raises(ValueError, match='amd_x_moon.py: expected a comment'):
+        generator.first_sentence(file)
+    with pytest.raises(ValueError, match='amd_x_moon.py: none of its bases has a student'):
+        generator.student(file)

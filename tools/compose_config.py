@@ -1,0 +1,32 @@
+"""Writes the config that distils one model into another: proposes the layers, and tries them for one step."""
+import argparse
+import sys
+
+import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.compose import BASES, METHODS, compose
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('student', help='config of the plain student: a file, or mmdet::... or mmpretrain::...')
+    parser.add_argument('teacher', help='config of the teacher, likewise')
+    parser.add_argument('--method', choices=METHODS, required=True)
+    parser.add_argument('--base', choices=BASES,
+                        help='what SoKD builds on; default fitnet for detectors, reviewkd for classifiers')
+    parser.add_argument('--layers', nargs='+', default=(), metavar='NAME',
+                        help='modules to distil, NAME or STUDENT=TEACHER; default: those whose strides match')
+    parser.add_argument('--teacher-ckpt', required=True, metavar='FILE', help='weights of the teacher, or an address')
+    parser.add_argument('-o', '--out', required=True, help='file to write')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
+    return parser.parse_args()
+
+
+def main() -> None:
+    try:
+        print(compose(**vars(parse_args())))
+    except ValueError as error:
+        sys.exit(f'compose_config: {error}')
+
+
+if __name__ == '__main__':
+    main()
