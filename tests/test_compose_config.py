@@ -183,10 +183,24 @@ def test_tokens_are_no_maps(tmp_path):
         ('backbone', 'backbone.layer3')]
 
 
+def test_what_is_pooled_is_no_map(tmp_path):
+    model = dict(type='mmpretrain.ImageClassifier', backbone=dict(
+        type='mmpretrain.ConvNeXt', arch=dict(depths=[1] * 4, channels=[8, 16, 32, 64])), head=dict(
+            type='mmpretrain.LinearClsHead', num_classes=4, in_channels=64))  # its last norm is after the pooling
+    assert propose_layers(*networks(tmp_path, model, classifier(8), 'mmpretrain'), slice(-3, None), False) == [
+        (f'backbone.stages.{i - 1}', f'backbone.layer{i}') for i in (2, 3, 4)]
+
+
 def fcos(base_channels):
     model = retinanet(base_channels)
     model['type'] = 'mmdet.FCOS'
     model['bbox_head'] = dict(type='mmdet.FCOSHead', num_classes=3, in_channels=16, strides=[8, 16, 32, 64])
+    return model
+
+
+def deeper(base_channels):
+    model = retinanet(base_channels)
+    model['bbox_head'].update(stacked_convs=2)
     return model
 
 
@@ -196,9 +210,11 @@ def fcos(base_channels):
     (retinanet(16, fpn_channels=24), {}, []),
     (pyramid(0), {}, ['bbox_head']),  # its convolutions are of other strides
     (fcos(8), {}, []),  # its neck serves another kind of head
+    (deeper(8), {}, ['neck', 'bbox_head.retina_cls', 'bbox_head.retina_reg']),
     (retinanet(8, num_classes=5), dict(classes='abcde'), ['neck']),
     (retinanet(8), dict(classes='abd'), ['neck']),
-], ids=['same', 'wider backbone', 'wider neck', 'other strides', 'other head', 'more classes', 'other classes'])
+], ids=['same', 'wider backbone', 'wider neck', 'other strides', 'other head', 'other depth', 'more classes',
+        'other classes'])
 def test_what_is_inherited(teacher, fields, expected, tmp_path):
     assert propose_inherit(*networks(tmp_path, retinanet(8), teacher, **fields)) == expected
 
@@ -240,8 +256,8 @@ def test_a_loss_that_the_students_config_leaves_to_its_head(tmp_path):
     assert 'loss_kd                   head.fc          head.fc                  4, 4 ' in report
 
 
-def test_one_class_masks_and_other_normalisation(tmp_path):
-    name = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+def test_one_class_masks_stuff_and_other_normalisation(tmp_path):
+    name = 'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py'
     (tmp_path / 's.py').write_text(f"""_base_ = [{name!r}]
 model = dict(
     data_preprocessor=dict(mean=[0, 0, 0], std=[255, 255, 255]),
@@ -249,10 +265,11 @@ model = dict(
     rpn_head=dict(in_channels=16, feat_channels=16),
     roi_head=dict(bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
                   bbox_head=dict(in_channels=16, fc_out_channels=16, num_classes=1),
-                  mask_head=dict(num_convs=1, in_channels=16, conv_out_channels=16, num_classes=1)))""")
+                  mask_head=dict(num_convs=1, in_channels=16, conv_out_channels=16, num_classes=1)),
+    semantic_head=dict(num_things_classes=1, in_channels=16, inner_channels=32))""")
     cfg, report, _ = composed(str(tmp_path / 's.py'), name, tmp_path)
     assert 'loss_amd_neck_4  neck     neck     64      16, 256   ' in report
-    assert 'expects another normalisation' in report and 'other classes apart (80) than the student (1)' in report
+    assert 'expects another normalisation' in report and 'The teacher tells other classes apart' in report
 
 
 class ReachingHook:

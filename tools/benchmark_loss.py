@@ -75,7 +75,7 @@ def measure(size: tuple[int, int, int], args: argparse.Namespace) -> dict:
 
     losses = {'amd': AMDLoss(), 'amd scale-free': AMDLoss(scale_free=True)}
     if args.compile:
-        losses |= {f'{name}, compiled': torch.compile(loss, dynamic=False) for name, loss in losses.items()}
+        losses |= {f'{name}, compiled': torch.compile(loss) for name, loss in losses.items()}
     calls = {'floor': lambda: floor(student, teacher)}
     calls |= {name: gradient(loss) for name, loss in (*losses.items(), ('plain', plain))}
     seconds = interleave(calls, args.rounds, args.device, args.clock, progress=False)

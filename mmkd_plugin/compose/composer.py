@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from .network import Network, same_classes, stride
 from .text import Plan, config_text
 from .trial import Trial, try_one_step
-from .wiring import fitting, propose_inherit, propose_layers
+from .wiring import layers_of, propose_inherit, propose_layers
 
 
 def compose(student: str,
@@ -155,8 +155,8 @@ def _report(plan: Plan, trial: Trial) -> str:
              f'teacher: {plan.teacher} ({type(model.teacher).__name__})', '',
              *('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows), '']
     for name in plan.inherit:
-        fit, layers = fitting(model.student.get_submodule(name), model.teacher.get_submodule(name))
-        lines.append(f'inherit: {fit} of {layers} layers of {name}')
+        s_layers, t_layers = (layers_of(network.get_submodule(name)) for network in (model.student, model.teacher))
+        lines.append(f'inherit: {len(s_layers.items() & t_layers.items())} of {len(s_layers)} layers of {name}')
     if model.__dict__['_renormalize']:
         lines.append('The teacher expects another normalisation or channel order, and gets its images in that form.')
     lines += plan.remarks

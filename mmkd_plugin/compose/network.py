@@ -82,7 +82,10 @@ class Network:
         return found
 
     def stages(self) -> dict[Size, str]:
-        """Returns, by size from shallow to deep, the last of the backbone's outermost modules with such a map."""
+        """Returns, by size from shallow to deep, the last of the backbone's outermost modules with such a map.
+
+        One position is no map but a pooled vector.
+        """
         found = {}
         for name, maps in self.maps.items():
             parents = name.split('.')[:-1]
@@ -90,7 +93,8 @@ class Network:
             if not name.startswith('backbone.') or inside or not self.calls[name] == len(maps) == 1:
                 continue
             size = tuple(maps[0].shape[2:])
-            if not (size in found and self.maps[found[size]][0] is maps[0]):  # an nn.Identity at the end
+            passed_on = size in found and self.maps[found[size]][0] is maps[0]  # by an nn.Identity at the end
+            if size != (1, 1) and not passed_on:
                 found[size] = name
         if len(self.sizes('backbone')) == 1:
             found.setdefault(self.sizes('backbone')[0], 'backbone')

@@ -107,4 +107,5 @@ def _sokd(plan: Plan) -> list[str]:
             'optim_wrapper = dict(',
             "    constructor='mmkd_plugin.PolicyOptimWrapperConstructor',",
             "    policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))",
-            f'custom_hooks = [{"*_base_.custom_hooks, " if plan.hooks else ""}{hook}]  # a sixth of the training']
+            '# The policy is searched in the first sixth of the training.',
+            f'custom_hooks = [{"*_base_.custom_hooks, " if plan.hooks else ""}{hook}]']

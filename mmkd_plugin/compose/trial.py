@@ -130,7 +130,7 @@ def _check(name: str, loss: Tensor, features: list[Tensor], reading: Reading | N
 def _synthetic_batch(student: BaseModel, cfg: Config) -> tuple[dict, int]:
     """Returns a batch of two images as a data loader gives it, and their side in pixels."""
     from mmdet.models.detectors import BaseDetector
-    classes = max(num_classes(student), default=1)
+    classes = min(num_classes(student), default=1)  # things and stuff are counted by heads of their own
     mean = getattr(student.data_preprocessor, 'mean', None)
     channels = 3 if mean is None else len(mean)
     if isinstance(student, BaseDetector):

@@ -48,43 +48,36 @@ def _strides_of(network: Network) -> str:
 def propose_inherit(student: Network, teacher: Network) -> list[str]:
     """Returns modules beside the backbone that may start from the teacher's weights.
 
-    Heads must be of one class and tell the same classes apart. A neck serves its head, so one head must be of
-    one class, and the levels of the neck must have the same strides. Of what remains, a module of which
-    every layer is in the teacher too, in the same shape, is named whole; else those of its children of
-    which more than half of the layers are.
+    They must be of one class, and tell the same classes apart. All serve the heads, so one head must be of one
+    class; and the levels of a neck must have the same strides. Of what remains, a module whose layers are the
+    teacher's, in the same shapes, is named whole, else its children of which this holds. Of a part of the
+    neck, more than half of the layers are enough: one may read a wider backbone.
     """
     pairs = {name: (module, getattr(teacher.model, name, None)) for name, module in student.model.named_children()
              if name not in ('backbone', 'data_preprocessor')}
     pairs = {name: pair for name, pair in pairs.items() if type(pair[0]) is type(pair[1])}
-    if not any('head' in name for name in pairs) or student.sizes('neck') != teacher.sizes('neck'):
+    if not any('head' in name for name in pairs):
+        return []
+    if student.sizes('neck') != teacher.sizes('neck'):
         pairs.pop('neck', None)
     if not same_classes(student, teacher):
         pairs = {name: pair for name, pair in pairs.items() if not num_classes(student.model, name)}
     names = []
     for name, (s_module, t_module) in pairs.items():
-        if _all(fitting(s_module, t_module)):
+        if layers_of(s_module) == layers_of(t_module) != {}:
             names.append(name)
             continue
         t_children = dict(t_module.named_children())
         for child, module in s_module.named_children():
-            fit, layers = fitting(module, t_children[child]) if child in t_children else (0, 0)
-            names += [f'{name}.{child}'] if 2 * fit > layers else []
+            s_layers, t_layers = layers_of(module), layers_of(t_children.get(child, nn.Identity()))
+            mostly = name == 'neck' and 2 * len(s_layers.items() & t_layers.items()) > len(s_layers)
+            if s_layers == t_layers != {} or mostly:
+                names.append(f'{name}.{child}')
     return names
 
 
-def _all(counts: tuple[int, int]) -> bool:
-    return counts[0] == counts[1] > 0
-
-
-def fitting(s_module: nn.Module, t_module: nn.Module) -> tuple[int, int]:
-    """Returns how many of the student's layers with weights the teacher has, by name and shape, of how many."""
-    t_layers = dict(t_module.named_modules())
-    shapes = [(_shapes(layer), _shapes(t_layers.get(name))) for name, layer in s_module.named_modules()
-              if _shapes(layer)]
-    return sum(s == t for s, t in shapes), len(shapes)
-
-
-def _shapes(layer: nn.Module | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's own weights, without those of the layers in it."""
-    weights = () if layer is None else layer.named_parameters(recurse=False)
-    return {name: tuple(weight.shape) for name, weight in weights}
+def layers_of(module: nn.Module) -> dict[str, tuple]:
+    """Returns the names and shapes of the weights that each layer in ``module`` has itself."""
+    layers = {name: tuple((key, tuple(weight.shape)) for key, weight in layer.named_parameters(recurse=False))
+              for name, layer in module.named_modules()}
+    return {name: weights for name, weights in layers.items() if weights}

@@ -50,7 +50,7 @@ class _Patches:
     def _membership(grid: int, length: int, like: Tensor) -> Tensor:
         grid = min(grid, length)
         patch = (torch.arange(length, device=like.device) // (length // grid)).clamp(max=grid - 1)
-        return F.one_hot(patch, grid).t().to(like.dtype)
+        return (patch == torch.arange(grid, device=like.device).unsqueeze(1)).to(like.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
         """(N, H, W) to one number a patch, (N, g, g)."""

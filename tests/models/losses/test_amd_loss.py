@@ -239,6 +239,16 @@ def test_keeps_no_feature_sized_tensor_but_the_students_feature():
     assert {x.data_ptr() for x in large} == {student.data_ptr()}
 
 
+def test_torch_compile_takes_it_at_several_sizes():  # from the second on, sizes are symbolic
+    loss = AMDLoss(scale_free=True)
+    compiled = torch.compile(loss, backend='eager')
+    for size in ((12, 20), (6, 10)):
+        student, teacher = noise(size, torch.float32, channels=4)
+        values = [each(student.requires_grad_(), teacher) for each in (loss, compiled)]
+        assert torch.equal(*values)
+        assert torch.equal(*(torch.autograd.grad(value, student)[0] for value in values))
+
+
 @pytest.mark.parametrize('options', [
     dict(margin=0), dict(margin=2.1), dict(margin=float('nan')), dict(margin='1.35'), dict(scale=0), dict(scale=-1.),
     dict(local_grid=0), dict(local_grid=1.5), dict(local_weight=-0.1), dict(local_weight=1.1), dict(loss_weight=-1),
