@@ -6,6 +6,8 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
 
 def make_coco(root: Path, images: int = 4) -> Path:
@@ -61,10 +63,10 @@ def imagenet_options(root: Path) -> list[str]:
 
 
 def save_weights(config: str, path: Path) -> Path:
-    """Saves a random model of a library's config as that library would."""
-    from mmengine.hub import get_model
+    """Saves a random model of a config, a library's or one of ours, as its library would."""
+    from mmkd_plugin.cfg_path import build_cfg_path
     torch.manual_seed(1)
-    model = get_model(config)
+    model = build_cfg_path(config, 'config')
     model.backbone.init_cfg = None  # no download
     model.init_weights()
     _settle(model.backbone)
@@ -109,3 +111,17 @@ def cifar_options(root: Path) -> dict[str, str | bool]:
     """As a dict, for ``False`` is no text."""
     return {f'{loader}.dataset.{key}': value for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
             for key, value in (('data_root', str(root)), ('download', False))}
+
+
+def save_pretrained(cfg: Config, path: Path) -> list[str]:
+    """Saves weights for the student's backbone, if its config names any; returns what ``--cfg-options`` names them."""
+    init_cfg = cfg.model.architecture.backbone.get('init_cfg') or {}
+    if isinstance(init_cfg, list) or not init_cfg.get('checkpoint'):
+        return []
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        backbone = MODELS.build(dict(cfg.model.architecture.backbone, init_cfg=None))
+    torch.manual_seed(1)
+    backbone.init_weights()
+    _settle(backbone)
+    torch.save({init_cfg.get('prefix', '') + name: value for name, value in backbone.state_dict().items()}, path)
+    return [f'model.architecture.backbone.init_cfg.checkpoint={path}']

@@ -11,6 +11,20 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+LOAD = '''
+import sys
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, init_default_scope
+content = torch.load(sys.argv[1])
+cfg = get_config(sys.argv[2]) if len(sys.argv) > 2 else Config.fromstring(content['meta']['cfg'], '.py')
+init_default_scope(cfg.default_scope)
+if 'data_preprocessor' in cfg:
+    cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+MODELS.build(cfg.model).load_state_dict(content['state_dict'], strict=True)
+print('loaded strictly', len(content['state_dict']))
+'''
 STRICT_LOAD = '''
 import sys
 class Absent:
@@ -18,12 +32,8 @@ class Absent:
         if name.split('.')[0] in ('mmkd_plugin', 'mmrazor'):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-import torch
-from mmengine.hub import get_model
-state = torch.load(sys.argv[2])['state_dict']
-get_model(sys.argv[1]).load_state_dict(state, strict=True)
+''' + LOAD + '''
 assert 'mmkd_plugin' not in sys.modules and 'mmrazor' not in sys.modules
-print('loaded strictly', len(state))
 '''
 
 
@@ -35,16 +45,21 @@ def run(*command, ok=True, **env):
     return output
 
 
-def jobs(tmp_path, config, student, options, weights, test_options=()):
-    work_dir = tmp_path / 'work'
-    output = run('tools/train.py', config, '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_epochs=1',
-                 'default_hooks.logger.interval=1', *weights, *options)
+def train(config, work_dir, *options, script=('tools/train.py', )):
+    """Trains for an epoch; returns the checkpoint, which has no teacher, and what was printed."""
+    output = run(*script, config, '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_epochs=1',
+                 'default_hooks.logger.interval=1', *options)
     checkpoint = work_dir / 'epoch_1.pth'
-    saved = torch.load(checkpoint)
-    assert not any('teacher' in key for key in saved['state_dict'])
+    assert not any('teacher' in key for key in torch.load(checkpoint)['state_dict'])
     losses = {key: float(value) for key, value in re.findall(r'distill\.(loss_\w+): (\S+)', output)}
     assert losses and all(0 < value < 1e3 for name, value in losses.items() if not name.startswith('loss_base')), losses
     assert all(value < 1e3 for value in losses.values()), losses  # those of a warm-up begin at zero
+    return checkpoint, output
+
+
+def jobs(tmp_path, config, student, options, weights, test_options=()):
+    work_dir = tmp_path / 'work'
+    checkpoint, output = train(config, work_dir, *weights, *options)
 
     resumed = run('tools/train.py', config, '--work-dir', work_dir, '--resume', '--cfg-options',
                   'train_cfg.max_epochs=2', 'default_hooks.logger.interval=1', *weights, *options)
@@ -54,7 +69,7 @@ def jobs(tmp_path, config, student, options, weights, test_options=()):
     exported = tmp_path / 'student.pth'
     run('tools/export_student.py', config, checkpoint, exported)
     assert 'exists' in run('tools/export_student.py', config, checkpoint, exported, ok=False)
-    assert 'loaded strictly' in run('-c', STRICT_LOAD, student, exported)
+    assert 'loaded strictly' in run('-c', STRICT_LOAD, exported, student)
 
     metrics = [re.findall(r'Epoch\(test\)\s+\[\d+/\d+\]\s+(.*?)\s+data_time', run(
         'tools/test.py', config, file, '--work-dir', tmp_path / 'test', '--cfg-options', *test_options, *options))[-1]

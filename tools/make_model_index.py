@@ -61,7 +61,7 @@ def entry(file: Path) -> dict:
     out['Metadata'] = {'Training Data': data(cfg, file), 'Epochs': cfg.train_cfg.max_epochs}
     if 'teacher' in cfg.model:
         path = cfg.model.teacher.cfg_path
-        teacher = dict(Config=path if '::' in path else relative(ROOT / path))
+        teacher = dict(Config=path if '::' in path else relative(Path(path)))
         if '://' in cfg.model.teacher_ckpt:  # else it is to be trained first
             teacher['Weights'] = cfg.model.teacher_ckpt
         out['Metadata'].update(Student=dict(Config=student(file)), Teacher=teacher)

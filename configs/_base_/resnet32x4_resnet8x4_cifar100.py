@@ -5,5 +5,5 @@ model = dict(
     _delete_=True,
     type='mmkd_plugin.TeacherStudentDistill',
     architecture=_base_.model,
-    teacher=dict(cfg_path='configs/resnet32x4_cifar100.py'),
+    teacher=dict(cfg_path='{{ fileDirname }}/../resnet32x4_cifar100.py'),
     teacher_ckpt='work_dirs/resnet32x4_cifar100/epoch_240.pth')

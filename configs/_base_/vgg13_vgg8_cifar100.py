@@ -5,5 +5,5 @@ model = dict(
     _delete_=True,
     type='mmkd_plugin.TeacherStudentDistill',
     architecture=_base_.model,
-    teacher=dict(cfg_path='configs/vgg13_cifar100.py'),
+    teacher=dict(cfg_path='{{ fileDirname }}/../vgg13_cifar100.py'),
     teacher_ckpt='work_dirs/vgg13_cifar100/epoch_240.pth')

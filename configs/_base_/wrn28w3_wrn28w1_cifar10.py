@@ -5,5 +5,5 @@ model = dict(
     _delete_=True,
     type='mmkd_plugin.TeacherStudentDistill',
     architecture=_base_.model,
-    teacher=dict(cfg_path='configs/wrn28w3_cifar10.py'),
+    teacher=dict(cfg_path='{{ fileDirname }}/../wrn28w3_cifar10.py'),
     teacher_ckpt='work_dirs/wrn28w3_cifar10/epoch_200.pth')
