@@ -6,6 +6,7 @@ from mmengine.hub import get_config, get_model
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 
+from .checkpoint import load_completely
 from .utils import closest
 
 
@@ -26,17 +27,26 @@ def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
     return cfg
 
 
-def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False) -> BaseModel:
+def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_checkpoint: bool = False) -> BaseModel:
     """Builds the model at ``cfg_path``, in the scope of its library.
 
     Args:
         cfg_path: as above.
         field: of the config that names it, for error messages.
-        pretrained: whether to load the library's official weights.
+        pretrained: whether to load the library's official weights; all of them must fit.
+        trust_checkpoint: whether these may run code, as in :func:`read_checkpoint`.
     """
     cfg = read_cfg_path(cfg_path, field)
     if '::' in cfg_path:
-        return get_model(cfg_path, pretrained)
+        model = get_model(cfg_path)
+        if pretrained:
+            try:
+                weights = get_config(cfg_path, pretrained=True).model_path
+            except (AssertionError, AttributeError) as error:
+                raise ValueError(f'{field}: the library has no weights for {cfg_path!r}') from error
+            load_completely(model, weights, f'{field}.pretrained', trust_checkpoint)
+            model._is_init = True
+        return model
     if pretrained:
         raise ValueError(f'{field}: pretrained=True is for a library\'s config, not for the file {cfg_path!r}')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):

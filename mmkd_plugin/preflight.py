@@ -7,19 +7,22 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 from .cfg_path import read_cfg_path
-from .checkpoint import read_weights
+from .checkpoint import read_checkpoint
+from .unpickler import RefusedError
 
 _WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'modelzoo://')
 
 
-def missing_inputs(cfg: Config, training: bool = True) -> list[str]:
-    """Returns a sentence for each file that is not there and cannot be had.
+def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = False) -> list[str]:
+    """Returns a sentence for each file that is not there, cannot be had or is refused.
 
-    It says what is missing, where it was looked for and which option supplies it.
+    It says what is missing, where it was looked for and which option supplies it. MMEngine's own loader, which
+    runs what is in a file, is later given only weights that :func:`read_checkpoint` has read here.
 
     Args:
         cfg: the whole config.
         training: whether to look at what training needs, or only at test data.
+        trust_checkpoint: whether weights may run code when they are loaded, as ``model.trust_checkpoint``.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     loaders = ('train_dataloader', 'val_dataloader') if training else ('test_dataloader', )
@@ -34,7 +37,8 @@ def missing_inputs(cfg: Config, training: bool = True) -> list[str]:
                 found.append(_sentence(f'{name}.ann_file', ann_file))
     if found and cfg.get('data_command'):
         found.append(f'To make this data: {cfg.data_command}')
-    return found + (list(_missing_weights(cfg)) if training else [])
+    return found + (
+        list(_missing_weights(cfg, trust_checkpoint)) if training else [])
 
 
 def _sentence(option: str, path: str | Path, why: str = '') -> str:
@@ -73,39 +77,47 @@ def _downloads(dataset: dict) -> bool:
     return kind is not None and 'download' in signature(kind).parameters and dataset.get('download', True)
 
 
-def _missing_weights(cfg: Config) -> Iterator[str]:
+def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
     model = cfg.model
+    trust = trust or model.get('trust_checkpoint', False)
     for name in ('teacher_ckpt', 'student_ckpt'):
         if model.get(name):
-            yield from _missing_file(model[name], f'model.{name}')
+            yield from _missing_file(model[name], f'model.{name}', trust)
     if cfg.get('load_from'):
-        yield from _missing_file(cfg.load_from, 'load_from')
+        yield from _missing_file(cfg.load_from, 'load_from', trust, cfg.get('resume', False))
     if not model.get('student_ckpt'):
         student = model.get('architecture', model)
         if student.get('cfg_path'):  # nothing within it can be set from outside
-            found = list(_missing_pretrained(read_cfg_path(student.cfg_path, 'architecture').model, 'its backbone'))
+            found = list(_missing_pretrained(read_cfg_path(student.cfg_path, 'architecture').model, 'its backbone',
+                                              trust))
             yield from (f'{sentence.split("; supply it")[0]}; supply the whole student with --cfg-options '
                         'model.student_ckpt=PATH, or inherit its config' for sentence in found)
         else:
-            yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model')
+            yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model', trust)
 
 
-def _missing_pretrained(node: dict | list, option: str) -> Iterator[str]:
+def _missing_pretrained(node: dict | list, option: str, trust: bool) -> Iterator[str]:
     if isinstance(node, dict) and str(node.get('type')).endswith('Pretrained') and node.get('checkpoint'):
-        yield from _missing_file(node['checkpoint'], f'{option}.checkpoint')
+        yield from _missing_file(node['checkpoint'], f'{option}.checkpoint', trust)
         return
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in items:
         if isinstance(value, (dict, list)):
-            yield from _missing_pretrained(value, f'{option}.{key}')
+            yield from _missing_pretrained(value, f'{option}.{key}', trust)
 
 
-def _missing_file(path: str, option: str) -> Iterator[str]:
-    if not path.startswith(_WEIGHTS):
-        if not Path(path).exists():
-            yield _sentence(option, path)
+def _missing_file(path: str, option: str, trust: bool, resume: bool = False) -> Iterator[str]:
+    if not path.startswith(_WEIGHTS) and not Path(path).exists():
+        yield _sentence(option, path)
         return
     try:
-        read_weights(path, option)  # downloads it, once, to where MMEngine will look for it
+        content = read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
     except ValueError as error:
-        yield _sentence(option, path, f' ({error.__cause__})')
+        if isinstance(error.__cause__, RefusedError) or not path.startswith(_WEIGHTS):
+            yield str(error)
+        else:
+            yield _sentence(option, path, f' ({error.__cause__})')
+        return
+    if resume and not trust and 'config' in content.get('meta', {}):
+        yield (f'{option}: {path!r} is refused: to resume, MMEngine would run the config in its meta as Python. If you '
+               'trust whoever made it, allow that with --trust-checkpoint')

@@ -22,6 +22,13 @@ def check_number(field: str,
     return value
 
 
+def check_dict(field: str, value: dict) -> dict:
+    """Returns ``value`` if it is a dict, else raises ``ValueError``."""
+    if not isinstance(value, dict):
+        raise ValueError(f'{field} must be a dict, got {value!r}')
+    return value
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of an error message about an unknown name: what it may have been meant to be."""
     names = list(names)

@@ -18,6 +18,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config of the distillation, or of the plain model')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--work-dir', help='where the log goes; default work_dirs/CONFIG')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='load the checkpoint even if it could run code; only if you trust whoever made it')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -36,7 +38,7 @@ def main() -> None:
     missing = missing_inputs(cfg, training=False)
     if missing:
         sys.exit('\n'.join(missing))
-    student = build_student(cfg, args.checkpoint)
+    student = build_student(cfg, args.checkpoint, args.trust_checkpoint)
     cfg = plain_config(cfg)
     cfg.load_from = None
     cfg.resume = False

@@ -5,20 +5,27 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.device import is_cuda_available
 from mmengine.runner import Runner
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.preflight import missing_inputs
+from mmkd_plugin.resume import add_safety_hooks, checkpoints_in, resume_from
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='train config file')
     parser.add_argument('--work-dir', help='where logs and checkpoints go; default work_dirs/CONFIG')
-    parser.add_argument('--amp', action='store_true', help='train in automatic mixed precision')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='resume from a checkpoint; without one, from the latest in the work dir')
+    parser.add_argument('--check-teacher', action='store_true',
+                        help='evaluate the teacher on the validation set before the first step, and warn when the '
+                             'student has caught up with it')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='load weights files even if they could run code; only if you trust whoever made them')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config, such as train_dataloader.batch_size=4')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -36,12 +43,24 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.amp and cfg.optim_wrapper.get('type', 'OptimWrapper') != 'AmpOptimWrapper':
         if cfg.optim_wrapper.get('type', 'OptimWrapper') != 'OptimWrapper':
             raise ValueError(f'--amp needs optim_wrapper.type OptimWrapper, got {cfg.optim_wrapper.type!r}')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        if is_cuda_available():
+            cfg.optim_wrapper.type = 'AmpOptimWrapper'
+            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        else:
+            cfg.optim_wrapper.type = 'mmkd_plugin.AutocastOptimWrapper'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
+    if cfg.get('compile') and 'architecture' in cfg.model:
+        raise ValueError('compile would compile the whole step, and recorders with it; take it out, and '
+                         "dict(type='mmkd_plugin.CompileStudentHook') into custom_hooks")
+    if args.check_teacher:
+        if 'teacher' not in cfg.model:
+            raise ValueError(f'--check-teacher: model is a {cfg.model.get("type")}, which has no teacher')
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmkd_plugin.CheckTeacherHook')]
+    if args.trust_checkpoint and 'architecture' in cfg.model:
+        cfg.model.trust_checkpoint = True
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -49,10 +68,21 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def main() -> None:
-    cfg = load_config(parse_args())
-    missing = missing_inputs(cfg)
+    args = parse_args()
+    cfg = load_config(args)
+    missing = missing_inputs(cfg, trust_checkpoint=args.trust_checkpoint)
     if missing:
         sys.exit('\n'.join(missing))
+    add_safety_hooks(cfg)
+    if cfg.get('resume'):
+        try:
+            print(*resume_from(cfg), sep='\n')
+        except ValueError as error:
+            sys.exit(str(error))
+    else:
+        earlier = checkpoints_in(Path(cfg.work_dir))
+        if earlier:
+            print(f'{earlier[0]} and what else an earlier run left there will be overwritten; --resume goes on with it')
     Runner.from_cfg(cfg).train()
 
 

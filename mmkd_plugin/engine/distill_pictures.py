@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from mmengine.model import BaseDataPreprocessor
+from mmengine.structures import BaseDataElement
 from mmengine.visualization.utils import img_from_canvas
 from mmrazor.models.task_modules import RecorderManager
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ..models.algorithms import TeacherStudentDistill
 from ..models.algorithms.renormalize import _reverses_channels
 from ..models.area_detectors.heatmap_anchor import level_stride
+from ..models.losses import AMDLoss
+from ..models.losses.amd_loss import _Patches, _project
 from ..models.recording import PartialForward
 
 
@@ -30,6 +33,10 @@ class MapView(NamedTuple):
     s_heatmap: np.ndarray | None = None
     boxes: np.ndarray | None = None  # (n, 4), DAM's areas, x1 y1 x2 y2 in pixels, the best first
     scores: np.ndarray | None = None  # (n, )
+    t_positive: np.ndarray | None = None  # (h, w), AMD's logits without their scale: cos(m acos Q), at most 1
+    s_positive: np.ndarray | None = None
+    t_negative: np.ndarray | None = None  # 1 - Q, in [0, 1]
+    s_negative: np.ndarray | None = None
 
 
 def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None,
@@ -44,15 +51,15 @@ def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None
         data_samples: of the image, likewise.
         image_shape: (h, w) of the image in the upper left of the padded ``inputs``.
     """
-    distiller, renormalize = model.distiller, model._renormalize
+    distiller = model.distiller
     features = {pair.student: pair for pair in getattr(distiller, 'features', ())}
     calls = {entry['recorder']: entry.get('record_idx', 0) + 1 for pair in features.values() for entry in pair.phi}
     students, teachers = zip(*distiller.pairs)
     views = []
     try:
         _record(model.student, distiller.student_recorders, students, calls, inputs, data_samples)
-        t_inputs = renormalize(inputs, data_samples) if renormalize else inputs
-        _record(model.teacher, distiller.teacher_recorders, teachers, {}, t_inputs, data_samples)
+        _record(model.teacher, distiller.teacher_recorders, teachers, {}, model.teacher_inputs(inputs, data_samples),
+                data_samples)
         for student, teacher in distiller.pairs:
             s_maps, t_maps = distiller.maps(student, True), distiller.maps(teacher, False)
             found = [None] * len(t_maps)
@@ -61,7 +68,8 @@ def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None
                 found = distiller.dams[features[student].name].detect(adapted, list(t_maps))
             for level, (s_map, t_map, areas) in enumerate(zip(s_maps, t_maps, found)):
                 name = student + (f', level {level}' if len(t_maps) > 1 else '')
-                views.append(_view(name, s_map, t_map, areas, inputs.shape[2:], image_shape))
+                amd = _amd_of(distiller, student, level)
+                views.append(_view(name, s_map, t_map, areas, amd, inputs.shape[2:], image_shape))
     finally:
         model._forget_records()
     return views
@@ -79,15 +87,35 @@ def _record(network: nn.Module, recorders: RecorderManager, names: Sequence[str]
         forward.remove()
 
 
-def _view(name: str, s_map: Tensor, t_map: Tensor, areas: dict[str, Tensor] | None, padded: tuple[int, int],
-          image_shape: tuple[int, int]) -> MapView:
+def _amd_of(distiller: nn.Module, layer: str, level: int) -> AMDLoss | None:
+    """Returns the AMD loss of a map of the student, if there is one."""
+    for name, loss in distiller.distill_losses.items():
+        source = distiller.loss_forward_mappings.get(name, {}).get('s_feature', {})
+        if isinstance(loss, AMDLoss) and (source.get('recorder'), source.get('data_idx', 0)) == (layer, level):
+            return loss
+    return None
+
+
+def _amd_maps(amd: AMDLoss, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the positive and the negative logit of steps 3 and 4 of :class:`AMDLoss`, (N, H, W), over its scale."""
+    cosine = _project(attention, _Patches(1, attention) if amd.scale_free else None)
+    return torch.cos(amd.margin * torch.acos(cosine.clamp(max=1))), 1 - cosine
+
+
+def _view(name: str, s_map: Tensor, t_map: Tensor, areas: dict[str, Tensor] | None, amd: AMDLoss | None,
+          padded: tuple[int, int], image_shape: tuple[int, int]) -> MapView:
     strides = [level_stride(*lengths) for lengths in zip(padded, t_map.shape[2:])]
     rows, columns = (int(-(-length // stride)) for length, stride in zip(image_shape, strides))
 
     def cut(x: Tensor) -> np.ndarray:
         return x[0, :rows, :columns].float().cpu().numpy()
 
-    view = MapView(name, tuple(strides[::-1]), *(cut(x.float().square().mean(1)) for x in (t_map, s_map)))
+    attention = [x.float().square().mean(1) for x in (t_map, s_map)]
+    view = MapView(name, tuple(strides[::-1]), *map(cut, attention))
+    if amd is not None and s_map.shape[2:] == t_map.shape[2:]:
+        (t_positive, t_negative), (s_positive, s_negative) = (map(cut, _amd_maps(amd, x)) for x in attention)
+        view = view._replace(t_positive=t_positive, t_negative=t_negative, s_positive=s_positive,
+                             s_negative=s_negative)
     if areas is None:
         return view
     boxes, scores = (areas[key][0][areas['valid'][0]].cpu().numpy() for key in ('boxes', 'scores'))
@@ -126,6 +154,9 @@ def draw_views(image: np.ndarray, views: Sequence[MapView], title: str) -> np.nd
     if views[0].t_heatmap is not None:
         names[0] = "DAM's areas\nthe bolder, the higher their score"
         names += [f"DAM's heatmap of the {side}\nblue: 0, red: 1" for side in ('teacher', 'student')]
+    if views[0].t_positive is not None:
+        names += [f"AMD's {sign} map of the {side}\nblue: lowest, red: highest of both" for sign in (
+            'positive', 'negative') for side in ('teacher', 'student')]
     panel = 2.8, 2.8 * min(max(height / width, 0.15), 2)  # inches
     figure = Figure((panel[0] * len(names) + 1.5, (panel[1] + 0.3) * len(views) + 0.8), dpi=100, layout='compressed')
     figure.suptitle(title, parse_math=False)
@@ -141,9 +172,16 @@ def draw_views(image: np.ndarray, views: Sequence[MapView], title: str) -> np.nd
             _overlay(axes, grey, values, view.stride)
         if view.t_heatmap is not None:
             _draw_boxes(row[0], view)
-            for axes, values in zip(row[3:], (view.t_heatmap, view.s_heatmap)):
+            for axes, values in zip(row[3:5], (view.t_heatmap, view.s_heatmap)):
                 _overlay(axes, grey, values, view.stride, vmin=0, vmax=1)
                 axes.set_xlabel(f'highest {values.max():.2f}', fontsize='small')
+        if view.t_positive is not None:
+            for both, pair in ((row[-4:-2], (view.t_positive, view.s_positive)),
+                               (row[-2:], (view.t_negative, view.s_negative))):
+                low, high = min(map(np.min, pair)), max(map(np.max, pair))
+                for axes, values in zip(both, pair):
+                    _overlay(axes, grey, values, view.stride, vmin=low, vmax=high)
+                    axes.set_xlabel(f'{values.min():.2f} to {values.max():.2f}', fontsize='small')
         for axes in row:
             axes.set(xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
     return _pixels(figure)
@@ -163,6 +201,52 @@ def _draw_boxes(axes: Axes, view: MapView) -> None:
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime', alpha=0.4 + 0.6 * share,
                                  linewidth=0.8 + 2 * share))
     axes.set_xlabel(f'highest score {best:.2f}', fontsize='small')
+
+
+def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement], classes: Sequence[str] | None,
+                     score: float = 0.3) -> np.ndarray:
+    """Draws what each model says of an (H, W, 3) image, side by side: boxes, or the five highest class scores.
+
+    Args:
+        image: as the models got it, but for padding and normalisation.
+        predictions: by the name of the model.
+        classes: their names; None numbers them.
+        score: below it a box is left out.
+    """
+    height, width = image.shape[:2]
+    panel = 3.6, 3.6 * min(max(height / width, 0.4), 2)
+    figure = Figure((panel[0] * len(predictions), panel[1] + 0.5), dpi=100, layout='constrained')
+    for axes, (name, sample) in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions.items()):
+        if 'pred_instances' not in sample:
+            _draw_scores(axes, sample.pred_score, classes)
+            axes.set_title(name, fontsize='small')
+            continue
+        axes.imshow(image)
+        found = sample.pred_instances[sample.pred_instances.scores > score].cpu()
+        scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)[:4]  # boxes are those of the file
+        for (x1, y1, x2, y2), label, value in zip(found.bboxes.numpy() * scale, found.labels.tolist(),
+                                                  found.scores.tolist()):
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime'))
+            axes.text(x1, y1, f'{classes[label] if classes else label} {value:.2f}', fontsize='x-small', va='bottom',
+                      bbox=dict(facecolor='lime', pad=0.5, linewidth=0))
+        axes.set(xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
+        axes.set_title(f'{name}: {len(found)} above {score}', fontsize='small')
+    return _pixels(figure)
+
+
+def _draw_scores(axes: Axes, scores: Tensor, classes: Sequence[str] | None) -> None:
+    values, labels = scores.cpu().topk(min(5, len(scores)))
+    names = [str(classes[label] if classes else label) for label in labels.tolist()]
+    axes.barh(range(len(names)), values.tolist(), tick_label=names)
+    axes.set(xlim=(0, 1), xlabel='score')
+    axes.invert_yaxis()
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns pictures below each other, on white."""
+    width = max(picture.shape[1] for picture in pictures)
+    return np.concatenate([np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+                           for picture in pictures])
 
 
 def draw_policy(states: dict[int, dict[str, float]], frozen: int | None = None) -> np.ndarray:

@@ -28,7 +28,8 @@ class DistillVisualizationHook(Hook):
 
     ``distill_0``, ``distill_1``, ...
         One an image, with a row for each map of the distiller's layers: the attention (mean square over
-        channels) of teacher and student and, with DAM, the heatmap that it sees in each and its areas.
+        channels) of teacher and student; with DAM, the heatmap that it sees in each and its areas; with AMD, the
+        positive and the negative map that it makes of each.
     ``distill_policy``
         With DAFA: over the iterations, the chance that a batch gets an operation, and how undecided the selection
         is. It goes on after a resume, and ends where the search does.

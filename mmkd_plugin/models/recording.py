@@ -3,7 +3,29 @@ import torch
 from mmrazor.models.task_modules import ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder, RecorderManager
 from torch import nn
 
-from ..utils import closest
+from ..utils import check_dict, closest
+
+
+def check_wiring(distiller: dict) -> None:
+    """Raises ``ValueError``, with its place, for what is no dict or no name in the config of a distiller."""
+    _check_name('distiller.type', check_dict('distiller', distiller).get('type') or None)
+    for field in ('student_recorders', 'teacher_recorders', 'connectors', 'distill_losses'):
+        for name, part in check_dict(f'distiller.{field}', distiller.get(field) or {}).items():
+            place = f'distiller.{field}.{name}'
+            for each in part if field == 'connectors' and isinstance(part, list) else [part]:  # a chain of them
+                _check_name(f'{place}.type', check_dict(place, each).get('type') or None)
+            if 'recorder' in field and 'source' in part:
+                _check_name(f'{place}.source', part['source'])
+    mappings = check_dict('distiller.loss_forward_mappings', distiller.get('loss_forward_mappings') or {})
+    for loss, inputs in mappings.items():
+        for name, entry in check_dict(f'distiller.loss_forward_mappings.{loss}', inputs).items():
+            place = f'distiller.loss_forward_mappings.{loss}.{name}'
+            _check_name(f'{place}.recorder', check_dict(place, entry).get('recorder'))
+
+
+def _check_name(field: str, name: str | type | None) -> None:
+    if not isinstance(name, (str, type)):
+        raise ValueError(f'{field} must be a name, got {name!r}')
 
 
 def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: str) -> None:

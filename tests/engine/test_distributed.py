@@ -1,18 +1,23 @@
 """Two processes on CPU: what a parallel wrapper demands of SoKD in each of its phases."""
 import socket
+from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
-from conftest import detection_batch, retinanet
+from conftest import classification_batch, classifier, detection_batch, retinanet
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-import mmkd_plugin  # noqa: F401
+from mmkd_plugin.engine import NonFiniteLossHook
 
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
             base=dict(type='L2Loss', normalize=False, div_element=True))
 ALIGNED = dict(SOKD, base=dict(type='ATLoss'), connect=False, dam=None)
+AMD = dict(type='mmkd_plugin.AMDDistiller', layers=['backbone.layer4'], amd=dict(loss_weight=10.0))
+DAM = dict(type='mmkd_plugin.SoKDDistiller', layers=['backbone.layer4'], dam=dict(anchor='attention'),
+           base=dict(type='L2Loss', normalize=False, div_element=True))
 # What is gathered, and from what, outlives the process group: a thread of gloo's that frees the last reference waits
 # for the interpreter's lock, which `destroy_process_group` holds while it waits for the thread.
 KEPT = []
@@ -57,16 +62,59 @@ def train(rank, distiller):
     assert gather(model.distiller.dafa.num_draws) == [8, 8]
 
 
+def equals_one_process(rank, distiller):
+    """Two processes with half a batch each end with the weights of one with the whole, as far as floats add up alike.
+
+    Student and adapter have batch norm in eval mode, for that alone knows of the other samples.
+    """
+    ends, whole = [], classification_batch(samples=4)
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        student = classifier(8)
+        student['backbone']['norm_eval'] = True
+        model = MODELS.build(dict(
+            type='mmkd_plugin.TeacherStudentDistill', architecture=student, teacher=classifier(16),
+            allow_random_teacher=True, distiller=distiller)).train()
+        model.distiller.connectors.eval()
+        start = model.student.head.fc.weight.detach().clone()
+        wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.01)))
+        runs = MMDistributedDataParallel(model, broadcast_buffers=False) if parts == 2 else model
+        mine = slice(2 * rank, 2 * rank + 2) if parts == 2 else slice(None)
+        for _ in range(3):
+            runs.train_step({key: value[mine] for key, value in whole.items()}, wrapper)
+        assert (model.student.head.fc.weight - start).abs().max() > 1e-4
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+def all_stop_when_one_has_no_number(rank):
+    model = torch.nn.Linear(1, 1)
+    runner = SimpleNamespace(model=model, iter=4, optim_wrapper=build_optim_wrapper(model, dict(
+        optimizer=dict(type='SGD', lr=0.01))))
+    hook = NonFiniteLossHook()
+    hook.before_train(runner)
+    loss = model(torch.ones(1)) * (float('inf') if rank else 1)
+    hook._after_forward(model, (), dict(mode='loss'), dict(loss_x=loss))
+    with pytest.raises(FloatingPointError, match='loss_x is -?inf' if rank else 'a loss of another process'):
+        runner.optim_wrapper.update_params(loss)
+
+
 def work(rank, port):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     init_default_scope('mmdet')
     for distiller in (SOKD, ALIGNED):
         train(rank, distiller)
+    all_stop_when_one_has_no_number(rank)
+    init_default_scope('mmpretrain')
+    for distiller in (AMD, DAM):
+        torch.manual_seed(0)
+        equals_one_process(rank, distiller)
     dist.destroy_process_group()
 
 
-def test_search_frozen_and_stopped_under_ddp():
+def test_search_frozen_stopped_and_equal_to_one_process_under_ddp():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

@@ -52,8 +52,8 @@ def train(tmp_path):
             model=copy.deepcopy(fields.pop('model', MODEL)), work_dir=str(tmp_path / work_dir), default_scope='mmdet',
             train_dataloader=loader(),
             train_cfg=loop or dict(by_epoch=True, max_epochs=epochs),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4), **policy),
             custom_hooks=hooks, randomness=dict(seed=0), resume=resume, experiment_name=names[-1], **dict(dict(
+                optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4), **policy),
                 default_hooks=dict(logger=dict(type='LoggerHook', interval=1))), **fields))
         runner.train()
         runner.log = (tmp_path / work_dir / runner.timestamp / f'{runner.timestamp}.log').read_text()

@@ -74,7 +74,8 @@ def _try_loss(distiller: ConfigurableDistiller, loss: str, inputs: dict[str, dic
         distiller.distill_losses[loss](**arguments)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raw = {name: _raw(distiller, record) for name, record in inputs.items()}
-        given = ', '.join(f'{name} {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}'
+        given = ', '.join(f'{name} from {inputs[name]["recorder"]!r} '
+                          f'{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}'
                           for name, value in raw.items())
         raise ValueError(f'{loss} or its connectors cannot take what is recorded for it ({given}): {error}') from error
 

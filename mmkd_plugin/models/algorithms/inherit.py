@@ -25,7 +25,7 @@ def check_inherit(inherit: Sequence[str], student: nn.Module, teacher: nn.Module
         ValueError: a name is no module of the student or of the teacher, has
             nothing that fits, or is a head for other classes.
     """
-    if isinstance(inherit, str) or not isinstance(inherit, Sequence):
+    if isinstance(inherit, str) or not isinstance(inherit, Sequence) or not all(isinstance(x, str) for x in inherit):
         raise ValueError(f'inherit must be a list of names such as ["neck", "bbox_head"], got {inherit!r}')
     for name in inherit:
         for whose, model in (('student', student), ('teacher', teacher)):

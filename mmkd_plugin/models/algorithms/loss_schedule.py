@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 
 from mmengine.logging import MessageHub
 
-from ...utils import check_number, closest
+from ...utils import check_dict, check_number, closest
 
 _SHAPES = {
     'constant': lambda t: 1.0,
@@ -68,11 +68,13 @@ def build_schedules(config: dict[str, dict | list[dict]], losses: list[str]) -> 
     Several schedules of one loss multiply: a warm-up and a later decay, say.
     """
     schedules: dict[str, list[LossSchedule]] = {}
-    for pattern, entries in config.items():
+    for pattern, entries in check_dict('loss_schedules', config).items():
+        entries = entries if isinstance(entries, (list, tuple)) else [entries]
         matching = [loss for loss in losses if fnmatchcase(loss, pattern)]
         if not matching:
             raise ValueError(f'loss_schedules: no distillation loss is named {pattern!r}; {closest(pattern, losses)}')
         for loss in matching:
-            for entry in [entries] if isinstance(entries, dict) else entries:
-                schedules.setdefault(loss, []).append(LossSchedule(**entry))
+            for entry in entries:
+                schedule = LossSchedule(**check_dict(f'loss_schedules[{pattern!r}]', entry))
+                schedules.setdefault(loss, []).append(schedule)
     return schedules

@@ -15,10 +15,11 @@ from ...cfg_path import build_cfg_path
 from ...checkpoint import STUDENT_PREFIX, load_completely
 from ...registry import MODELS
 from ..distillers.layer_distiller import exact_zero
-from ..recording import PartialForward, check_sources
+from ..recording import PartialForward, check_sources, check_wiring
 from .dry_run import dry_run
 from .held_out_search import keep_statistics, set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
+from .loss_log import UNWEIGHTED, ZeroWatch, loss_weight, unweighted
 from .loss_schedule import build_schedules
 from .renormalize import Renormalize
 
@@ -49,6 +50,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
             that start from the teacher's weights where names and shapes agree
             (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529).
         allow_random_teacher: whether a teacher without weights is meant.
+        trust_checkpoint: whether both files may run code when they are loaded. By default they are read
+            as data, and one that asks for more is refused.
         loss_schedules: by name of a distillation loss or a pattern such as
             ``'loss_amd*'``, the arguments of :class:`LossSchedule`, or a list of them, which multiply.
         data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
@@ -66,12 +69,15 @@ class TeacherStudentDistill(SingleTeacherDistill):
                  student_ckpt: str | None = None,
                  inherit: Sequence[str] = (),
                  allow_random_teacher: bool = False,
+                 trust_checkpoint: bool = False,
                  loss_schedules: dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None,
                  init_cfg: dict | None = None) -> None:
         if isinstance(teacher, dict) and not (teacher_ckpt or allow_random_teacher or teacher.get('pretrained')):
             raise ValueError('teacher_ckpt is missing: a teacher without weights teaches noise. Give its checkpoint, '
                              'or allow_random_teacher=True if that is meant')
+
+        check_wiring(distiller)
 
         # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
         if isinstance(architecture, dict):
@@ -82,13 +88,13 @@ class TeacherStudentDistill(SingleTeacherDistill):
         # One that the teacher's library makes up by default says nothing about the images it was trained on.
         states_preprocessor = not isinstance(teacher, dict) or bool(
             teacher.get('cfg_path') or teacher.get('data_preprocessor'))
-        architecture = _build('architecture', architecture)
+        architecture = _build('architecture', architecture, trust_checkpoint)
 
         # The student's random start is the one it has when trained alone with the same seed.
         with torch.random.fork_rng(devices=[]):
-            teacher = _build('teacher', teacher)
+            teacher = _build('teacher', teacher, trust_checkpoint)
             if teacher_ckpt:
-                load_completely(teacher, teacher_ckpt, 'teacher_ckpt')
+                load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
             check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
             check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
             try:
@@ -102,13 +108,14 @@ class TeacherStudentDistill(SingleTeacherDistill):
             self.__dict__['_teacher_forward'] = self._wire_teacher()
 
         if student_ckpt:
-            load_completely(self.student, student_ckpt, 'student_ckpt')
+            load_completely(self.student, student_ckpt, 'student_ckpt', trust_checkpoint)
             self.student._is_init = True
         self.inherit = check_inherit(inherit, self.student, teacher)
         self.__dict__['_renormalize'] = Renormalize.between(
             self.data_preprocessor, teacher.data_preprocessor) if states_preprocessor else None
         self._schedules = build_schedules(
             loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
+        self._zero_watch = ZeroWatch()
         self.data_preprocessor.register_forward_pre_hook(set_search_batch_aside)
         self.register_load_state_dict_post_hook(_refuse_partial_load)
 
@@ -146,9 +153,11 @@ class TeacherStudentDistill(SingleTeacherDistill):
         inherit_modules(self.inherit, self.student, self.teacher)
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
-        """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses."""
+        """Returns ``student.*``, the task losses, ``distill.*``, the weighted distillation losses, and for the log
+        ``unweighted.*``, the same without their weights and schedules.
+        """
         search_batch = take_search_batch(self.data_preprocessor)
-        distilling = not self.distillation_stopped
+        distilling, plain, meant = not self.distillation_stopped, {}, set()
         if distilling:
             self.distiller.set_deliveries_override(False)
             self._record_teacher(batch_inputs, data_samples)
@@ -158,16 +167,30 @@ class TeacherStudentDistill(SingleTeacherDistill):
         if distilling:
             if hasattr(self.distiller, 'prepare_batch'):
                 self.distiller.prepare_batch(batch_inputs, data_samples)
-            losses.update(add_prefix(self._distill_losses(search_batch), 'distill'))
+            distilled, plain, meant = self._distill_losses(search_batch)
+            losses.update(add_prefix(distilled, 'distill'))
         elif any(parameter.requires_grad for parameter in self.distiller.parameters()):
             losses['loss_unused'] = exact_zero(self.distiller)  # DistributedDataParallel misses no gradient
+            meant = {'loss_unused'}
         self._forget_records()
+        if self.training:
+            self._zero_watch(losses, meant)
+        losses.update(plain)
         return losses
 
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in MMEngine; ``unweighted.*`` is in the log, and not in the sum."""
+        told = {name: value for name, value in losses.items() if name.startswith(UNWEIGHTED)}
+        total, log = super().parse_losses({name: value for name, value in losses.items() if name not in told})
+        return total, type(log)(log, **told)
+
     def _record_teacher(self, batch_inputs: Tensor, data_samples: list | None) -> None:
-        t_inputs = self._renormalize(batch_inputs, data_samples) if self._renormalize else batch_inputs
         with torch.no_grad(), self.distiller.deliveries:
-            self._teacher_forward(t_inputs, data_samples)
+            self._teacher_forward(self.teacher_inputs(batch_inputs, data_samples), data_samples)
+
+    def teacher_inputs(self, batch_inputs: Tensor, data_samples: list | None) -> Tensor:
+        """Returns a batch of the student's preprocessor as the teacher expects it."""
+        return self._renormalize(batch_inputs, data_samples) if self._renormalize else batch_inputs
 
     def _forget_records(self) -> None:
         """Lets go of the step's features and graph."""
@@ -175,20 +198,28 @@ class TeacherStudentDistill(SingleTeacherDistill):
             for recorder in recorders.recorders.values():
                 recorder.reset_data_buffer()
 
-    def _distill_losses(self, search_batch: dict | None = None) -> dict[str, Tensor]:
+    def _distill_losses(self, search_batch: dict | None) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+        """Returns the losses, the same unweighted for the log, and the full names of those that are meant to be 0."""
         policy = getattr(self.distiller, 'dafa', None)
         if search_batch is None or policy is not None and policy.frozen:
             losses = self.distiller.compute_distill_losses()
         elif policy is None:
             raise ValueError('The train loop gives a second batch, to search a policy with, but the distiller, '
                              f'{type(self.distiller).__name__}, has none: use a plain train loop')
+        elif self.distiller.deliveries.deliveries:
+            raise ValueError('distill_deliveries hand on what belongs to the first of the two batches that the train '
+                             'loop gives: search the policy with a plain train loop, or take them out')
         else:
             losses = self.distiller.compute_distill_losses(search=False)
             losses['loss_aug'] = self._held_out_policy_loss(search_batch)
+        plain = unweighted(self.distiller, losses)
+        meant = {f'distill.{name}' for name in losses if not loss_weight(self.distiller, name)
+                 or policy is not None and policy.frozen and name.startswith('loss_align')}
         for name, schedules in self._schedules.items():
-            for schedule in schedules:
-                losses[name] = losses[name] * schedule()
-        return losses
+            for factor in [schedule() for schedule in schedules]:
+                losses[name] = losses[name] * factor
+                meant.update([] if factor else [f'distill.{name}'])
+        return losses, plain, meant
 
     def _held_out_policy_loss(self, search_batch: dict) -> Tensor:
         """The policy's loss on a batch of its own, which leaves no trace in the student."""
@@ -245,7 +276,7 @@ def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
             + error_msgs[:20]))
 
 
-def _build(field: str, model: dict | BaseModel) -> BaseModel:
+def _build(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> BaseModel:
     """Returns the model of a config, of ``dict(cfg_path=...)``, or the one given."""
     if not isinstance(model, (dict, BaseModel)):
         raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}')
@@ -257,4 +288,4 @@ def _build(field: str, model: dict | BaseModel) -> BaseModel:
     if dropped:
         raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
                          f'the config instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
-    return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False))
+    return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False), trust_checkpoint)

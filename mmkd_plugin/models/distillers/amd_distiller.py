@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...registry import MODELS
+from ...utils import check_dict
 from .layer_distiller import LayerDistiller, map_name
 
 
@@ -28,7 +29,7 @@ class AMDDistiller(LayerDistiller):
 
     def __init__(self, layers: Sequence[str | Sequence[str]], amd: dict | None = None, **kwargs) -> None:
         super().__init__(layers or [], **kwargs)
-        self.amd = dict(amd or {}, type='mmkd_plugin.AMDLoss')
+        self.amd = dict(check_dict('amd', {} if amd is None else amd), type='mmkd_plugin.AMDLoss')
 
     def wire(self, maps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
         for layer, (s_maps, _) in zip(self.layers, maps):

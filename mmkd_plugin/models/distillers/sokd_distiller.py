@@ -13,7 +13,7 @@ from mmrazor.registry import MODELS as RAZOR_MODELS
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ...utils import closest
+from ...utils import check_dict, closest
 from ..area_detectors import DAM
 from ..connectors import ConvAdapter, ReviewKDConnector
 from ..losses import ReviewKDLoss
@@ -88,6 +88,8 @@ class SoKDDistiller(LayerDistiller):
                  adapter: dict | None = None,
                  **kwargs) -> None:
         super().__init__(layers, **kwargs)
+        for field_name, value in (('base', base), ('dafa', dafa), ('dam', dam), ('adapter', adapter)):
+            check_dict(field_name, {} if value is None else value)
         self.pairs += _recorder_pairs(refine, self.student_recorders.recorders, self.teacher_recorders.recorders)
         teachers = [teacher for _, teacher in self.pairs]
         if len(set(teachers)) < len(teachers):

@@ -267,7 +267,8 @@ def _check(field: str, value: int, low: int, high: int) -> None:
 
 
 def _check_operations(names: Sequence[str]) -> list[str]:
-    if isinstance(names, str) or not names or len(set(names)) < len(names):
+    strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not strings or not names or len(set(names)) < len(names):
         raise ValueError(f'operations must be a list of one or more different names, but got {names!r}')
     for name in names:
         if name not in OPERATIONS:
@@ -278,6 +279,6 @@ def _check_operations(names: Sequence[str]) -> list[str]:
 
 
 def _logit(field: str, probability: float) -> float:
-    if not 0 < probability < 1:
+    if not isinstance(probability, (int, float)) or not 0 < probability < 1:
         raise ValueError(f'{field} must lie strictly between 0 and 1, but got {probability!r}')
     return math.log(probability / (1 - probability))
