@@ -1,12 +1,12 @@
 """The parts of the demo that decide what it reports; the whole of it is `make demo`."""
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location('demo', Path(__file__).parent.parent / 'tools/demo.py')
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parent.parent / 'tools')
+    demo = importlib.import_module('demo')
 
 
 def result(seed, ap):

@@ -114,6 +114,11 @@ def environment(device: str) -> dict:
         commit=commit or 'unknown')
 
 
+def last_checkpoint(work_dir: Path) -> Path:
+    """Returns the checkpoint that a training ended with."""
+    return Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * len(header), *rows])
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import mmdet
 import torch
+from benchmarking import last_checkpoint
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 
 import mmkd_plugin
+from mmkd_plugin.measure import measure
 from mmkd_plugin.student import build_student, export_student, plain_config
 
 PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
@@ -123,10 +124,6 @@ def fingerprint(cfg: Config) -> str:
     return total.hexdigest()
 
 
-def last_checkpoint(work_dir: Path) -> Path:
-    return Path((work_dir / 'last_checkpoint').read_text().strip())
-
-
 def train(label: str, command: list, log: Path) -> None:
     """Runs a training, its log to a file and its progress to one line."""
     pattern = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*? eta: (\S+).*? loss: ([\d.]+)')
@@ -154,26 +151,13 @@ def check(code: int, command: list, log: Path) -> None:
 
 
 def measure_together(runs: dict[str, list[dict]]) -> None:
-    """Adds parameters, FLOPs and latency; the models take turns, so that the machine's moods meet all alike."""
-    from mmengine.analysis import get_model_complexity_info
-    models = {}
-    MMLogger.get_current_instance().setLevel('ERROR')  # which modules do no arithmetic is no news
-    for arm, found in runs.items():
-        models[arm] = build_student(Config.fromfile(found[0]['config']), found[0]['exported']).eval()
-        complexity = get_model_complexity_info(models[arm], input_shape=(3, 128, 128), show_table=False,
-                                               show_arch=False)
-        for result in found:
-            result.update(params=sum(p.numel() for p in models[arm].parameters()), flops=complexity['flops'])
-    image, times = torch.zeros(1, 3, 128, 128), {arm: [] for arm in models}
-    with torch.no_grad():
-        for _ in range(40):
-            for arm, model in models.items():
-                start = time.perf_counter()
-                model(image)
-                times[arm].append(1e3 * (time.perf_counter() - start))
+    """Adds parameters, FLOPs and latency of one image of 128 x 128."""
+    image = dict(inputs=torch.zeros(1, 3, 128, 128))
+    costs = measure({arm: (build_student(Config.fromfile(found[0]['config']), found[0]['exported']).eval(), image)
+                     for arm, found in runs.items()})
     for arm, found in runs.items():
         for result in found:
-            result['latency_ms'] = round(statistics.median(times[arm]), 2)
+            result.update(costs[arm])
 
 
 def summary(found: list[dict]) -> dict:

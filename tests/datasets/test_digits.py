@@ -14,8 +14,9 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmkd_plugin.datasets import digits
-from mmkd_plugin.datasets.digits import draw_scene, make_digits, split_sources
+from mmkd_plugin.datasets import scenes
+from mmkd_plugin.datasets.digits import make_digits, split_sources
+from mmkd_plugin.datasets.scenes import draw_scene
 
 ROOT = Path(__file__).parents[2]
 TEACHER = 'configs/digits/retinanet_r18-c32_digits.py'
@@ -43,6 +44,12 @@ def test_same_settings_same_bytes_other_seed_other_bytes(made, tmp_path):
     assert contents(tmp_path / 'again') == contents(made)
     make_digits(tmp_path / 'other', **SMALL, seed=1)
     assert contents(tmp_path / 'other')['train/00000.png'] != contents(made)['train/00000.png']
+
+
+def test_the_bytes_are_those_of_the_first_release(made):
+    """What the record of these settings said before the composition was shared with other sets."""
+    assert json.loads((made / 'digits.json').read_text())['sha256'] == (
+        '0608506d662d4173cf84a9b4a19949edd0cb8d1a34bfb56f0e2820238f513bb0')
 
 
 def test_an_image_does_not_depend_on_how_many_there_are(made, tmp_path):
@@ -86,23 +93,23 @@ def test_what_the_annotations_say_of_the_sources(made):
 
 def test_scenes_are_varied_and_boxes_inside():
     source = split_sources(0)['train']
-    scenes = [draw_scene(np.random.default_rng(i), source, 128)[2] for i in range(150)]
-    assert {len(scene) for scene in scenes} == set(range(digits.MAX_DIGITS + 1))
-    boxes = np.array([a['bbox'] for scene in scenes for a in scene])
+    drawn = [draw_scene(np.random.default_rng(i), source, 128)[2] for i in range(150)]
+    assert {len(scene) for scene in drawn} == set(range(scenes.MAX_OBJECTS + 1))
+    boxes = np.array([a['bbox'] for scene in drawn for a in scene])
     assert boxes.min() >= 0 and (boxes[:, :2] + boxes[:, 2:]).max() <= 128
     assert boxes[:, 3].min() < 28 < 55 < boxes[:, 3].max()
-    assert {a['category_id'] for scene in scenes for a in scene} == set(range(10))
-    assert all(a['area'] == a['bbox'][2] * a['bbox'][3] for scene in scenes for a in scene)
-    pairs = [(a, b) for scene in scenes for a, b in product(scene, scene) if a['digit'] < b['digit']]
+    assert {a['category_id'] for scene in drawn for a in scene} == set(range(10))
+    assert all(a['area'] == a['bbox'][2] * a['bbox'][3] for scene in drawn for a in scene)
+    pairs = [(a, b) for scene in drawn for a, b in product(scene, scene) if a['digit'] < b['digit']]
     assert any(np.all(np.maximum(a['bbox'][:2], b['bbox'][:2]) < np.minimum(  # some overlap
         np.add(a['bbox'][:2], a['bbox'][2:]), np.add(b['bbox'][:2], b['bbox'][2:]))) for a, b in pairs)
 
 
 @pytest.mark.parametrize('seed', range(5))
 def test_box_is_tight_around_the_ink(monkeypatch, seed):
-    monkeypatch.setattr(digits, 'MAX_DIGITS', 1)
-    monkeypatch.setattr(digits, 'MAX_CLUTTER', 0)
-    monkeypatch.setattr(digits, 'EMPTY_SHARE', 0)
+    monkeypatch.setattr(scenes, 'MAX_OBJECTS', 1)
+    monkeypatch.setattr(scenes, 'MAX_CLUTTER', 0)
+    monkeypatch.setattr(scenes, 'EMPTY_SHARE', 0)
     source = split_sources(0)['train']
     source = replace(source, parts=[np.zeros_like(part) for part in source.parts])
     image, _, (annotation,) = draw_scene(np.random.default_rng(seed), source, 128)
@@ -111,7 +118,7 @@ def test_box_is_tight_around_the_ink(monkeypatch, seed):
 
 
 def test_every_digit_stays_mostly_visible(monkeypatch):
-    monkeypatch.setattr(digits, 'HEIGHT', (0.4, 0.5))  # big ones, so that they collide
+    monkeypatch.setattr(scenes, 'HEIGHT', (0.4, 0.5))  # big ones, so that they collide
     source = split_sources(0)['train']
     visible = [a['visible'] for i in range(30) for a in draw_scene(np.random.default_rng(i), source, 128)[2]]
     assert 0.75 <= min(visible) < 0.9 and max(visible) == 1

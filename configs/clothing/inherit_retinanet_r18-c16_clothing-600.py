@@ -1,0 +1,11 @@
+# The student alone, but starting from the teacher's head and FPN convolutions: what inheriting gives by itself.
+_base_ = './retinanet_r18-c16_clothing-600.py'
+
+model = dict(
+    _delete_=True,
+    type='mmkd_plugin.TeacherStudentDistill',
+    architecture=_base_.model,
+    teacher=dict(cfg_path='{{ fileDirname }}/retinanet_r18-c32_clothing.py'),
+    teacher_ckpt='work_dirs/retinanet_r18-c32_clothing/epoch_16.pth',
+    inherit=['neck.fpn_convs', 'bbox_head'],
+    distiller=dict(type='ConfigurableDistiller'))

@@ -1,0 +1,9 @@
+# PKD at every level of the pyramid.
+_base_ = './inherit_retinanet_r18-c16_clothing-600.py'
+
+model = dict(
+    distiller=dict(
+        type='mmkd_plugin.SoKDDistiller',
+        layers=['neck'],
+        base=dict(type='PKDLoss', loss_weight=6.0),
+        connect=False))

@@ -1,0 +1,302 @@
+"""Does distillation help: trains the rows of tools/gain_tasks.py, seed after seed, each run a process of its own.
+
+Every run that ends is a line in docs/results/TASK.jsonl; what is there already, with the same config, is not run
+again, so that an interrupted benchmark goes on where it was. With --tune: the candidates for each row's weight, on the
+tuning split and with seeds of their own, into TASK_tuning.jsonl, from where the runs that count take the best.
+tools/report_gain.py turns the results into docs/results.md.
+"""
+import argparse
+import copy
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarking import environment, last_checkpoint
+from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
+from mmengine.config import Config
+
+from mmkd_plugin.utils import closest
+
+RESULTS = Path('docs/results')
+POLICY = 'policy/'  # how FreezePolicyHook's scalars begin
+UNDECIDING = {'filename', 'randomness', 'default_hooks', 'visualizer', 'vis_backends', 'log_level', 'log_processor'}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the config's fingerprint covers all but the seed."""
+    row: str
+    seed: int
+    weight: float | None
+    config: Config
+    fingerprint: str
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.row, self.seed, self.fingerprint
+
+
+def main() -> None:
+    args = parse_args()
+    subprocess.run([sys.executable, '-W', 'ignore', 'tools/make_fashion.py'], check=True)
+    failed = 0
+    for name in args.task:
+        try:
+            failed += run_task(name, args)
+        except ValueError as error:
+            sys.exit(f'{name}: {error}')
+    if failed:
+        sys.exit(f'{failed} runs failed; the same command tries them again')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--task', nargs='+', choices=TASKS, default=list(TASKS), help='what to run')
+    parser.add_argument('--rows', nargs='+', default=None, help='only these rows')
+    parser.add_argument('--seeds', type=int, nargs='+', default=None,
+                        help='only these seeds, of those that the rows have')
+    parser.add_argument('--tune', action='store_true', help='try the weights instead of reporting the best')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='where the results are')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/gain'), help='teachers, and logs of failures')
+    return parser.parse_args()
+
+
+def run_task(name: str, args: argparse.Namespace) -> int:
+    """Runs what is missing of a task; returns how many runs failed."""
+    task, tuned = TASKS[name], args.results / f'{name}_tuning.jsonl'
+    unknown = set(args.rows or ()) - set(task.rows)
+    if unknown:
+        raise ValueError(f'--rows: {min(unknown)!r} is no row; {closest(min(unknown), task.rows)}')
+    folder, place = args.work_dir / name, args.work_dir / 'teachers' / task.teacher
+    folder.mkdir(parents=True, exist_ok=True)
+    with results_file(args.results / f'{name}.jsonl') as results:
+        train_teacher(task, place, results)
+        teacher = last_checkpoint(place)
+        found = read(tuned)
+        runs = list(tuning_runs(task)) if args.tune else list(reported_runs(task, found))
+        runs = [run for run in runs if run.row in (args.rows or task.rows)
+                and (args.seeds is None or run.seed in args.seeds)]
+        if not args.tune:
+            return run_all(name, task, runs, teacher, folder, results, args.jobs)
+    with results_file(tuned) as results:
+        return run_all(name, task, runs, teacher, folder, results, args.jobs)
+
+
+def teacher_run(task: Task) -> Run:
+    row = Row('teacher', task.teacher)
+    return _run(task, 'teacher', row, 0, None, 'test')
+
+
+def tuning_runs(task: Task) -> Iterator[Run]:
+    """Yields the candidates of every row that is tuned, all rows of one seed before the next."""
+    for seed in TUNING_SEEDS:
+        for name, row in task.rows.items():
+            for weight in row.weights:
+                yield _run(task, name, row, seed, weight, 'tuning')
+
+
+def reported_runs(task: Task, tuning: list[dict]) -> Iterator[Run]:
+    """Yields the runs that count, all rows of one seed before the next.
+
+    Raises:
+        ValueError: the tuning of a row is not complete.
+    """
+    weights = {name: best_weight(task, row.weight_of or name, tuning) for name, row in task.rows.items()}
+    runs = {name: _run(task, name, row, 0, weights[name], 'test') for name, row in task.rows.items()}
+    for seed in range(1, max(row.seeds for row in task.rows.values()) + 1):
+        for name, row in task.rows.items():
+            if seed <= row.seeds:
+                yield _with_seed(runs[name], seed)
+
+
+def best_weight(task: Task, name: str, tuning: list[dict]) -> float | None:
+    """Returns the weight with the best mean over the tuning seeds; the smallest of equals.
+
+    Raises:
+        ValueError: the row's tuning is not complete.
+    """
+    means = {}
+    for weight in task.rows[name].weights:
+        fingerprint = _run(task, name, task.rows[name], 0, weight, 'tuning').fingerprint
+        found = {line['seed']: line['metric'] for line in tuning
+                 if (line['row'], line['fingerprint']) == (name, fingerprint)}
+        missing = set(TUNING_SEEDS) - set(found)
+        if missing:
+            raise ValueError(f'{name}: weight {weight:g} is not tuned with seed {min(missing)} yet; run '
+                             'tools/benchmark_gain.py --tune first')
+        means[weight] = statistics.fmean(found.values())
+    return max(means, key=means.get) if means else None
+
+
+def _run(task: Task, name: str, row: Row, seed: int, weight: float | None, split: str) -> Run:
+    cfg = _load(Path(task.folder) / f'{row.config}.py').copy()
+    options = dict(row.options)
+    if weight is not None:
+        options.update(dict.fromkeys(row.weight, weight))
+    cfg.merge_from_dict(options)
+    if split == 'test':
+        cfg.val_dataloader, cfg.val_evaluator = cfg.test_dataloader, cfg.test_evaluator
+    return _with_seed(Run(name, seed, weight, cfg, fingerprint(cfg)), seed)
+
+
+@functools.cache
+def _load(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+def _with_seed(run: Run, seed: int) -> Run:
+    cfg = run.config.copy()
+    cfg.randomness = dict(seed=seed)
+    return Run(run.row, seed, run.weight, cfg, run.fingerprint)
+
+
+def _deciding(cfg: Config) -> dict:
+    return {key: value for key, value in cfg.to_dict().items() if key not in UNDECIDING}
+
+
+def fingerprint(cfg: Config) -> str:
+    """Returns a hash of what decides a result: the config and the teacher's, without seed, logs and places of files."""
+    told = _deciding(cfg)
+    model = told['model']
+    if 'teacher' in model:
+        model.pop('teacher_ckpt')
+        model['teacher'] = _deciding(_load(Path(model['teacher']['cfg_path'])))
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def train_teacher(task: Task, place: Path, results: 'Results') -> None:
+    """Trains the task's teacher in ``place`` unless it is there, and sees to its line in the results."""
+    run, mark = teacher_run(task), place / 'line.json'
+    line = json.loads(mark.read_text()) if mark.exists() else {}
+    if line.get('fingerprint') != run.fingerprint:
+        print(f'{task.title}: training the teacher', flush=True)
+        shutil.rmtree(place, ignore_errors=True)
+        line = train(task, run, place, None)
+        mark.write_text(json.dumps(line))  # last: what is marked is complete
+    if run.key not in results.keys:
+        results.append(line)
+
+
+def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path, results: 'Results',
+            jobs: int) -> int:
+    """Runs what the results lack, ``jobs`` at a time; returns how many failed."""
+    todo = [run for run in runs if run.key not in results.keys]
+    print(f'{name}: {len(runs) - len(todo)} of {len(runs)} runs are in {results.path}', flush=True)
+    began, done, failed, lock = time.time(), 0, 0, threading.Lock()
+
+    def one(run: Run) -> None:
+        nonlocal done, failed
+        with TemporaryDirectory(prefix=f'{run.row}-{run.seed}-', dir=folder) as place:
+            try:
+                line = train(task, run, Path(place), teacher)
+                said = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
+            except subprocess.CalledProcessError as error:
+                line, log = None, folder / f'failed_{run.row}_{run.seed}.log'
+                log.write_text(error.output)
+                said = f'failed, see {log}'
+        with lock:
+            done += 1
+            if line is None:
+                failed += 1
+            else:
+                results.append(line)
+            left = (time.time() - began) / done * (len(todo) - done)
+            weight = '' if run.weight is None else f', weight {run.weight:g}'
+            print(f'{name}: {run.row}{weight}, seed {run.seed}: {said}; {len(todo) - done} left, '
+                  f'about {left / 3600:.1f} h', flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(one, todo))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
+    """Trains in ``place`` and returns the run's line of the results.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; ``output`` is its log.
+    """
+    cfg = copy.deepcopy(run.config)
+    if teacher is None:
+        place.mkdir(parents=True, exist_ok=True)
+    else:
+        cfg.default_hooks.checkpoint = None
+        cfg.default_hooks.pop('best_student', None)
+        if 'teacher_ckpt' in cfg.model:
+            cfg.model.teacher_ckpt = str(teacher.resolve())
+    cfg.dump(place / 'config.py')
+    began = time.time()
+    done = subprocess.run([sys.executable, '-W', 'ignore', 'tools/train.py', place / 'config.py', '--work-dir', place],
+                          env=dict(os.environ, OMP_NUM_THREADS='1'), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    done.check_returncode()
+    scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
+               for line in file.read_text().splitlines()]
+    curve = [line for line in scalars if task.metric in line]
+    policy = [line for line in scalars if any(key.startswith(POLICY) for key in line)]
+    line = dict(row=run.row, seed=run.seed, weight=run.weight, metric=curve[-1][task.metric],
+                metrics={key: value for key, value in curve[-1].items() if key not in ('data_time', 'time', 'step')},
+                curve=[(line['step'], line[task.metric]) for line in curve])
+    if policy:
+        line['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
+                          for line in policy]
+    return dict(line, fingerprint=run.fingerprint, seconds=round(time.time() - began), **environment('cpu'))
+
+
+class Results:
+    """A file of one JSON object a line, to which whole lines are added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys = {(line['row'], line['seed'], line['fingerprint']) for line in read(path)}
+
+    def append(self, line: dict) -> None:
+        """Adds a line by one write, which a killed process has done or not."""
+        data = (json.dumps(line) + '\n').encode()
+        with self.path.open('ab', buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        self.keys.add((line['row'], line['seed'], line['fingerprint']))
+
+
+@contextmanager
+def results_file(path: Path) -> Iterator[Results]:
+    """Opens the file for this process alone, and cuts off what a machine that went down left of a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('ab') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f'{path} is in use: another benchmark is running') from None
+        data = path.read_bytes()
+        lock.truncate(data.rfind(b'\n') + 1)
+        yield Results(path)
+
+
+def read(path: Path) -> list[dict]:
+    """Returns the whole lines of a file of results, none if it is not there."""
+    data = path.read_text() if path.exists() else ''
+    return [json.loads(line) for line in data[:data.rfind('\n') + 1].splitlines()]
+
+
+if __name__ == '__main__':
+    main()
