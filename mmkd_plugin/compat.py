@@ -1,4 +1,4 @@
-"""Makes MMRazor importable on torch 2, and checks the stack it stands on.
+"""Makes MMRazor importable on torch 2 and with new mmcv, and checks the stack it stands on.
 
 MMRazor 1.0.0 builds quantisation tables at import from torch internals that
 torch 2 renamed or removed, so ``import mmrazor.models`` fails there with
@@ -7,23 +7,33 @@ down with it. Distillation needs none of it: where, and only where, the real
 ``mmrazor.structures.quantization`` fails to import, a placeholder takes its
 place, and whoever uses a quantiser is told so.
 
-Nothing else in this package changes another library.
+MMRazor also asserts mmcv <= 2.1.0 when it is imported, and nowhere else. It
+works with the newer ones of the ``onedl-*`` packages, which MMDetection and
+MMPretrain judge for themselves, so for that moment it is shown 2.1.0.
+
+Packages are known by the name they are imported by, so that ``mmcv`` may come
+from ``mmcv`` or from ``onedl-mmcv``. Nothing else in this package changes
+another library.
 """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
 
 _QUANTISATION = 'mmrazor.structures.quantization'
+_NEWEST_MMCV_FOR_MMRAZOR = '2.1.0'
 _STACK = {
-    'torch': 'torch',
-    'mmengine': 'mmengine',
-    'mmcv': '"mmcv>=2.0.0rc4,<2.2.0"',
-    'mmcv.ops': '"mmcv>=2.0.0rc4,<2.2.0" (after `pip uninstall mmcv-lite`, which has no compiled ops)',
-    'mmdet': '"mmdet>=3.0.0,<3.4.0"',
-    'mmpretrain': '"mmpretrain>=1.0.0,<1.3.0"',
-    'joblib': 'joblib',
-    'ordered_set': 'ordered_set',
-    'mmrazor': '"mmrazor==1.0.0"',
+    'torch': '`pip install torch`',
+    'mmengine': '`pip install mmengine`, or `onedl-mmengine` on the newer stack',
+    'mmcv': '`pip install "mmcv>=2.0.0rc4,<2.2.0"`, or `onedl-mmcv` on the newer stack',
+    'mmcv.ops': '`pip install "mmcv>=2.0.0rc4,<2.2.0"`, or `onedl-mmcv` on the newer stack '
+                '(after `pip uninstall mmcv-lite`, which has no compiled ops)',
+    'mmdet': '`pip install "mmdet>=3.0.0,<3.4.0"`, or `onedl-mmdetection` on the newer stack',
+    'mmpretrain': '`pip install "mmpretrain>=1.0.0,<1.3.0"`, or `onedl-mmpretrain` on the newer stack',
+    'joblib': '`pip install joblib`',
+    'ordered_set': '`pip install ordered_set`',
+    'mmrazor': '`pip install "mmrazor==1.0.0"`',
 }
 
 
@@ -51,14 +61,32 @@ class _Unavailable:
     __call__ = __getitem__ = __getattr__ = _refuse
 
 
+@contextmanager
+def _mmcv_as_mmrazor_wants() -> Iterator[None]:
+    """Shows the newest mmcv that MMRazor admits instead of a newer one, and takes it back in any case."""
+    import mmcv
+    from mmengine.utils import digit_version
+    version = mmcv.__version__
+    if digit_version(version) > digit_version(_NEWEST_MMCV_FOR_MMRAZOR):
+        mmcv.__version__ = _NEWEST_MMCV_FOR_MMRAZOR
+    try:
+        yield
+    finally:
+        mmcv.__version__ = version
+
+
 def check_stack() -> None:
-    """Raises :class:`StackError`, one sentence, if a package is missing or clashes."""
-    for module, requirement in _STACK.items():
+    """Imports what this package stands on.
+
+    Raises:
+        StackError: One sentence, if a package is missing or clashes.
+    """
+    for module, remedy in _STACK.items():
         try:
-            import_module(module)
+            with _mmcv_as_mmrazor_wants() if module == 'mmrazor' else nullcontext():
+                import_module(module)
         except (ImportError, AssertionError) as error:  # OpenMMLab asserts versions at import
-            raise StackError(f'mmkd_plugin cannot use {module} ({error}): '
-                             f'run `pip install {requirement}`.') from error
+            raise StackError(f'mmkd_plugin cannot use {module} ({error}): run {remedy}.') from error
 
 
 def make_mmrazor_importable() -> None:

@@ -17,6 +17,7 @@ from .measure import RawOutputs
 from .models.algorithms.renormalize import _reverses_channels, _statistics
 
 OPSET = 17
+_STRIDE = 32  # of the last stage of backbones
 TOLERANCE = 1e-3  # of the difference, as a share of the largest output of each tensor
 
 
@@ -129,9 +130,10 @@ def _input(model: BaseModel, batch: dict, images: Tensor, free: list[int]) -> di
                  channels='grey' if images.shape[1] == 1 else 'RGB' if rgb else 'BGR',
                  normalise='(pixel - mean) / std, pixels from 0 to 255', mean=mean, std=std)
     if 2 in free:
-        given['sides_multiple_of'] = int(getattr(preprocessor, 'pad_size_divisor', 1))
-        given['padding'] = 'right and below, with 0 after normalising' if not getattr(
-            preprocessor, 'pad_value', 0) else f'right and below, as MMDetection: {preprocessor.pad_value}'
+        # RTMDet's pipeline pads to 640 x 640, so that its preprocessor asks for nothing; the network does.
+        given['sides_multiple_of'] = max(_STRIDE, int(getattr(preprocessor, 'pad_size_divisor', 1)))
+        given['padding'] = ('right and below; with 0 after normalising, or before it with what the pad_val of the test '
+                            'pipeline says')
     return given
 
 

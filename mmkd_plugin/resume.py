@@ -10,18 +10,22 @@ from .checkpoint import read_checkpoint
 
 HOOKS = dict(
     reseed=dict(type='mmkd_plugin.ReseedHook'),
-    non_finite_loss=dict(type='mmkd_plugin.NonFiniteLossHook'))
+    non_finite_loss=dict(type='mmkd_plugin.NonFiniteLossHook'),
+    best_student=dict(type='mmkd_plugin.BestStudentHook'))
 
 
 def add_safety_hooks(cfg: Config) -> None:
-    """Adds to ``cfg.default_hooks`` what makes a run resume exactly and stop before it is spoilt.
+    """Adds to ``cfg.default_hooks`` what makes a run resume exactly, stop in time and keep its best student.
 
-    :class:`ReseedHook` and :class:`NonFiniteLossHook` unless the config has its own under ``reseed`` and
-    ``non_finite_loss`` (None for none), and :class:`SafeCheckpointHook` in place of MMEngine's ``CheckpointHook``.
+    These are ``HOOKS``, unless the config has its own of that name (None for none); the last only where a
+    student is distilled and validated. :class:`SafeCheckpointHook` takes the place of MMEngine's ``CheckpointHook``.
     """
     hooks = cfg.setdefault('default_hooks', {})
+    has_student = 'architecture' in cfg.model and cfg.get('val_dataloader') is not None
     for name, hook in HOOKS.items():
-        if hooks.setdefault(name, hook) is None:
+        if name != 'best_student' or has_student:
+            hooks.setdefault(name, hook)
+        if name in hooks and hooks[name] is None:
             del hooks[name]  # MMEngine takes None for the names of its own hooks only
     checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
     if checkpoint is not None and checkpoint.setdefault('type', 'CheckpointHook') == 'CheckpointHook':

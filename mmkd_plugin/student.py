@@ -17,22 +17,21 @@ from .sample_batch import sample_batch
 
 
 def plain_config(cfg: Config) -> Config:
-    """Returns the config of the student alone; a config without a teacher comes back as it is.
+    """Returns the config of the student alone, or of a model without a teacher, with nothing of ours.
 
     Hooks that only make sense beside a teacher go with it; data, schedule and
     evaluation stay.
     """
-    cfg = copy.deepcopy(cfg)  # Config.copy() shares what is nested
-    if 'architecture' not in cfg.model:
-        return cfg
-    student = cfg.model.architecture
-    if student.get('cfg_path'):
-        library = read_cfg_path(student.cfg_path, 'architecture')
-        student = library.model
-        cfg.default_scope = library.get('default_scope', cfg.get('default_scope'))
-    if 'data_preprocessor' in cfg.model:
-        student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
-    cfg.model = student
+    cfg = copy.deepcopy(cfg)  # Config.copy() shares what is nested, and the caller's config would change
+    if 'architecture' in cfg.model:
+        student = cfg.model.architecture
+        if student.get('cfg_path'):
+            library = read_cfg_path(student.cfg_path, 'architecture')
+            student = library.model
+            cfg.default_scope = library.get('default_scope', cfg.get('default_scope'))
+        if 'data_preprocessor' in cfg.model:
+            student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
+        cfg.model = student
     if str(cfg.get('optim_wrapper', {}).get('constructor')).startswith('mmkd_plugin.'):
         cfg.optim_wrapper.pop('constructor')
         cfg.optim_wrapper.pop('policy', None)

@@ -30,8 +30,8 @@ class BestStudentHook(Hook):
         rule: 'greater' or 'less'; None infers it from the name, as ``CheckpointHook`` does.
 
     Raises:
-        ValueError: there is no validation; the model is sharded by FSDP; the first validation lacks the metric, or
-            nothing tells whether more of it is better.
+        ValueError: there is no validation; the model is sharded by FSDP; the first validation lacks the metric. Where
+            nothing tells whether more of it is better, a warning says so, and no file is kept.
     """
 
     priority = 'HIGHEST'  # EMAHook takes the averaged weights out of the model again in after_val_epoch
@@ -64,7 +64,7 @@ class BestStudentHook(Hook):
         self._training = False
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if not (self._training and metrics and is_main_process()):
+        if not (self._training and metrics):
             return
         metric = next(iter(metrics)) if self.save_best == 'auto' else self.save_best
         if metric not in metrics:
@@ -75,19 +75,22 @@ class BestStudentHook(Hook):
             runner.logger.warning(f'BestStudentHook: {self.path} is the best at {self.best["metric"]}; it gives way to '
                                   f'the best at {metric}')
             self.best = None
-        best = self.best['score'] if self.best else CheckpointHook.init_value_map[self._rule_of(metric)]
-        if not CheckpointHook.rule_map[self._rule_of(metric)](score, best):
+        rule = self._rule_of(metric, runner)
+        best = self.best['score'] if self.best else CheckpointHook.init_value_map.get(rule)
+        if rule is None or not CheckpointHook.rule_map[rule](score, best):
             return
         self.best = dict(metric=metric, score=score, epoch=runner.epoch, iter=runner.iter)
-        self._write(runner)
+        if is_main_process():  # all judge, so that all stop where the metric is wrong
+            self._write(runner)
         runner.logger.info(f'{self.path}: the best student yet, {metric} {score:.4f}')
 
-    def _rule_of(self, metric: str) -> str:
+    def _rule_of(self, metric: str, runner: Runner) -> str | None:
         try:
             return CheckpointHook(save_best=metric, rule=self.rule).rules[0]
-        except ValueError as error:
-            raise ValueError(f'BestStudentHook.rule: nothing in the name of {metric!r} says whether more is better; '
-                             "give rule='greater' or rule='less'") from error
+        except ValueError:
+            runner.logger.warning(f'BestStudentHook: nothing in the name of {metric!r} says whether more is better, so '
+                                  f"{self.path.name} is not kept; give the hook rule='greater' or rule='less'")
+            return None
 
     def _write(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -143,12 +143,18 @@ def test_a_validation_by_itself_writes_nothing(train, tmp_path):
     (dict(rule='more'), {}, "rule must be 'greater', 'less' or None, got 'more'"),
     (dict(save_best=3), {}, 'save_best must be the name of one metric, got 3'),
     (dict(save_best='mAP'), {}, "the evaluator returns no 'mAP', but accuracy/top1, of no interest"),
-    ({}, dict(name='odd'), "nothing in the name of 'odd' says whether more is better"),
     ({}, dict(val_dataloader=None, val_cfg=None, val_evaluator=None), 'val_dataloader is None'),
 ])
 def test_what_is_wrong_is_said(train, hook, fields, message):
     with pytest.raises(ValueError, match=message):
         train([0.3], hook, default_hooks={}, **fields)
+
+
+def test_an_unknown_metric_is_warned_of_and_stops_nothing(train, tmp_path, caplog):
+    runner = train([0.3, 0.5], name='odd', default_hooks={})
+    log = Path(runner.log_dir, f'{runner.timestamp}.log').read_text()
+    assert "nothing in the name of 'odd' says whether more is better" in log
+    assert not list(tmp_path.rglob('student_best.pth'))
 
 
 def test_it_runs_before_ema_takes_the_average_out():

@@ -106,3 +106,6 @@ def test_what_a_config_says_of_these_hooks_holds(tmp_path):
     cfg.default_hooks.update(reseed=None, non_finite_loss=None, checkpoint=dict(type='mmengine.CheckpointHook'))
     add_safety_hooks(cfg)
     assert set(cfg.default_hooks) == {'checkpoint'} and cfg.default_hooks.checkpoint.type == 'mmengine.CheckpointHook'
+    cfg.val_dataloader = dict()
+    add_safety_hooks(cfg)
+    assert set(cfg.default_hooks) == {'checkpoint', 'reseed', 'non_finite_loss', 'best_student'}
