@@ -1,5 +1,5 @@
 # SoKD on FitNet at every level of the pyramid; the policy is searched in the first 50 of 300 epochs, as in the others
-# a sixth of the training. RTMDet's own hooks, EMA and the switch of pipelines, stay.
+# a sixth of the training. The base's hooks stay: EMA, the switch of pipelines, the end of the distillation.
 _base_ = ['./_base_/rtmdet_l_s_coco.py', './_base_/sokd_fitnet_neck.py']
 
 model = dict(distiller=_base_.sokd.distiller)

@@ -64,9 +64,9 @@ def resume_from(cfg: Config) -> list[str]:
         cfg.load_from = str(good)
         if said:
             said.append(f'--resume: {good} is whole, and taken instead')
-    randomness = cfg.setdefault('randomness', {})
-    if randomness.get('seed') is None:
-        randomness['seed'] = read_checkpoint(cfg.load_from, '--resume')['meta'].get('seed')
+    if (cfg.get('randomness') or {}).get('seed') is None:
+        seed = read_checkpoint(cfg.load_from, '--resume')['meta'].get('seed')
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     return said
 
 

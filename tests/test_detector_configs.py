@@ -68,4 +68,5 @@ def test_the_policy_is_searched_in_the_first_sixth_of_the_training(config):
     cfg = Config.fromfile(config)
     *others, freeze = cfg.custom_hooks
     assert freeze == dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=cfg.train_cfg.max_epochs // 6)
-    assert [hook.type for hook in others] == (['EMAHook', 'PipelineSwitchHook'] if 'rtmdet' in config.stem else [])
+    assert [hook.type for hook in others] == (
+        ['EMAHook', 'PipelineSwitchHook', 'mmrazor.StopDistillHook'] if 'rtmdet' in config.stem else [])

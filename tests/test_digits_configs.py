@@ -71,7 +71,7 @@ def test_ema_keeps_no_teacher_and_resumes(data, teacher, tmp_path):
     cfg.custom_hooks = [dict(type='EMAHook', momentum=0.5)]
     cfg.train_cfg.max_epochs = 2  # the first step only copies
     Runner.from_cfg(cfg).train()
-    saved = torch.load(tmp_path / 'epoch_2.pth')
+    saved = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
     assert not any('teacher' in key for key in [*saved['state_dict'], *saved['ema_state_dict']])
     assert any((value != saved['ema_state_dict'][f'module.{key}']).any() for key, value in saved['state_dict'].items())
 
@@ -83,5 +83,5 @@ def test_ema_keeps_no_teacher_and_resumes(data, teacher, tmp_path):
     assert runner.epoch == 3
     export_student(cfg, str(tmp_path / 'epoch_3.pth'), str(tmp_path / 'student.pth'))
     exported = torch.load(tmp_path / 'student.pth')['state_dict']
-    averaged = torch.load(tmp_path / 'epoch_3.pth')['state_dict']  # what was validated
+    averaged = torch.load(tmp_path / 'epoch_3.pth', weights_only=False)['state_dict']  # what was validated
     assert all(torch.equal(value, averaged[f'architecture.{key}']) for key, value in exported.items())

@@ -50,7 +50,7 @@ def train(config, work_dir, *options, script=('tools/train.py', )):
     output = run(*script, config, '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_epochs=1',
                  'default_hooks.logger.interval=1', *options)
     checkpoint = work_dir / 'epoch_1.pth'
-    assert not any('teacher' in key for key in torch.load(checkpoint)['state_dict'])
+    assert not any('teacher' in key for key in torch.load(checkpoint, weights_only=False)['state_dict'])
     losses = {key: float(value) for key, value in re.findall(r'distill\.(loss_\w+): (\S+)', output)}
     assert losses and all(0 < value < 1e3 for name, value in losses.items() if not name.startswith('loss_base')), losses
     assert all(value < 1e3 for value in losses.values()), losses  # those of a warm-up begin at zero

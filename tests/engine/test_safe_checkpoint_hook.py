@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from test_freeze_policy_hook import MODEL, POLICY, loader
@@ -94,11 +93,13 @@ def test_order_seed_and_no_checkpoint_at_all(tmp_path):
     assert 'the run begins' in resume_from(cfg)[0] and not cfg.get('load_from')
     runner = train(config(tmp_path, epochs=2))
     assert [path.name for path in checkpoints_in(tmp_path / 'run')] == ['epoch_2.pth', 'epoch_1.pth']
-    cfg = config(tmp_path)
-    cfg.randomness = dict(seed=None)
-    resume_from(cfg)
-    saved = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=False)
-    assert cfg.randomness.seed == runner.seed == saved['meta']['seed']
+    for randomness in (dict(seed=None), dict(deterministic=False), None):
+        cfg = config(tmp_path)
+        cfg.pop('randomness')
+        if randomness:
+            cfg.randomness = randomness
+        resume_from(cfg)
+        assert cfg.randomness == dict(randomness or {}, seed=runner.seed)
 
 
 def test_what_a_config_says_of_these_hooks_holds(tmp_path):

@@ -1,0 +1,108 @@
+"""Draws what teacher and student see in images: one sheet an image, with the student before and after its training.
+
+On top what teacher, student before and student after put out; below, for both students and every map of the distiller's
+layers, attention, AMD's positive and negative maps, DAM's heatmaps and areas, as far as the distillation has them.
+"""
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import set_random_seed
+from mmengine.runner.checkpoint import load_state_dict
+from mmengine.structures import BaseDataElement
+
+import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.checkpoint import read_checkpoint
+from mmkd_plugin.engine.distill_pictures import draw_predictions, draw_views, look, rgb_image, stack
+from mmkd_plugin.engine.distill_visualization_hook import _check_drawable
+from mmkd_plugin.models.algorithms import TeacherStudentDistill
+from mmkd_plugin.sample_batch import as_tested
+from mmkd_plugin.student import plain_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of the distillation')
+    parser.add_argument('checkpoint', help='the student after training: any checkpoint of the distillation')
+    parser.add_argument('images', nargs='+', type=Path, help='image files')
+    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/visualize'), help='where the sheets go')
+    parser.add_argument('--score', type=float, default=0.3, help='of the detections to draw; default %(default)s')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='load the checkpoint even if it could run code; only if you trust whoever made it')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override fields of the config')
+    args = parser.parse_args()
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    try:
+        visualize(cfg, args)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+@torch.no_grad()
+def visualize(cfg: Config, args: argparse.Namespace) -> None:
+    model, content = build_start(cfg), read_checkpoint(args.checkpoint, 'checkpoint', args.trust_checkpoint)
+    items = [read(cfg, path) for path in args.images]
+    before = [see(model, item) for item in items]
+    load_state_dict(model, content.get('state_dict', content), strict=True)
+    classes = content.get('meta', {}).get('dataset_meta', {}).get('classes')
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    for path, item, (start, old) in zip(args.images, items, before):
+        image = rgb_image(item, model.data_preprocessor)
+        now, new = see(model, item)
+        sheet = stack([
+            draw_predictions(image, dict(teacher=now[0], **{'student before': start[1], 'student after': now[1]}),
+                             classes, args.score),
+            draw_views(image, old, f'{path.name}: student before training'),
+            draw_views(image, new, f'{path.name}: student of {Path(args.checkpoint).name}')])
+        out = args.out_dir / f'{path.stem}.png'
+        if not cv2.imwrite(str(out), sheet[..., ::-1]):
+            raise ValueError(f'--out-dir: cannot write {str(out)!r}')
+        print(out)
+
+
+def build_start(cfg: Config) -> TeacherStudentDistill:
+    """Builds the model as it is before training: with the config's seed, pretrained or inherited weights."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    set_random_seed(cfg.get('randomness', {}).get('seed') or 0)
+    model = MODELS.build(cfg.model)
+    _check_drawable(model)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')  # it would name every weight
+    model.init_weights()
+    logger.setLevel(level)
+    return model.eval()
+
+
+def read(cfg: Config, path: Path) -> dict:
+    """Returns an image file as an item of the test's data set."""
+    image = cv2.imread(str(path))
+    if image is None:
+        raise ValueError(f'images: {str(path)!r} is not there, or no image')
+    return as_tested(plain_config(cfg), image, str(path))
+
+
+def see(model: TeacherStudentDistill, item: dict) -> tuple[Sequence[BaseDataElement], Sequence]:
+    """Returns the predictions of teacher and student, and the views of :func:`look`."""
+    data = model.data_preprocessor(pseudo_collate([copy.deepcopy(item)]), False)
+    inputs, samples = data['inputs'], data['data_samples']
+    views = look(model, inputs, samples, tuple(item['inputs'].shape[1:]))
+    teacher, = model.teacher(model.teacher_inputs(inputs, samples), copy.deepcopy(samples), mode='predict')
+    student, = model.student(inputs, copy.deepcopy(samples), mode='predict')
+    return (teacher, student), views
+
+
+if __name__ == '__main__':
+    main()
