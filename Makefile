@@ -1,13 +1,34 @@
-.PHONY: setup demo test lint
+.PHONY: setup demo benchmark test test-modern sweep lint
 
-setup:  ## .venv with the official stack; continues after an interruption
-	@tools/setup.sh
+# The stack of all that follows: official, in .venv, or modern, in .venv-modern (docs/stacks.md)
+STACK ?= official
+PYTHON_official := .venv/bin/python
+PYTHON_modern := .venv-modern/bin/python
+RUN := $(PYTHON_$(STACK))
+# What the newer stack is tested with in little time
+MODERN := tests/test_compat.py tests/test_stacks.py tests/models/losses \
+	"tests/test_main_jobs.py::test_detector[amd]" "tests/test_main_jobs.py::test_classifier[sokd]"
+
+setup:  ## the environment of the stack; continues after an interruption
+	@STACK=$(STACK) tools/setup.sh
 
 demo: setup  ## distils a small detector on a CPU and shows what it gained
-	.venv/bin/python -W ignore tools/demo.py
+	$(RUN) -W ignore tools/demo.py
+
+benchmark: setup  ## what distillation gains, on Fashion-MNIST; goes on where it was, and writes docs/results.md
+	$(RUN) -W ignore tools/benchmark_gain.py --tune
+	$(RUN) -W ignore tools/benchmark_gain.py
+	$(RUN) -W ignore tools/report_gain.py
 
 test: setup lint  ## the whole suite, on up to four cores
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+test-modern:  ## on the newer stack: import, registries, every loss, a detector and a classifier distilled and exported
+	$(MAKE) setup STACK=modern
+	OMP_NUM_THREADS=1 $(PYTHON_modern) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(MODERN)
+
+sweep: setup  ## every distillation config trained, exported and loaded through the commands, on miniature data
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 -m sweep tests/test_full_sweep.py
 
 lint: setup
-	.venv/bin/ruff check .
+	$(RUN) -m ruff check .

@@ -1,4 +1,8 @@
-"""Installs mmkd_plugin; the ranges admit every OpenMMLab stack it is known to work on, and change none."""
+"""Installs mmkd_plugin, and none of the packages it plugs into.
+
+mmengine, mmcv, mmdet and mmpretrain are not named here, because the same import names come from two families of
+packages (docs/stacks.md), and pip would put one over the other. The import of mmkd_plugin says which one is missing.
+"""
 import re
 from pathlib import Path
 
@@ -18,12 +22,9 @@ setup(
     # links to configs/, tools/ and model-index.yml, where OpenMMLab's tools look; a wheel has the files themselves
     package_data={'mmkd_plugin': ['.mim/*.yml', '.mim/configs/**/*.yml', '.mim/configs/**/*.py', '.mim/tools/*']},
     python_requires='>=3.10',
+    classifiers=[f'Programming Language :: Python :: {version}' for version in ('3.10', '3.11', '3.12')],
     install_requires=[
         'torch>=2.0',
-        'mmengine>=0.8.3,<1.0.0',
-        'mmcv>=2.0.0rc4,<2.2.0',
-        'mmdet>=3.0.0,<3.4.0',
-        'mmpretrain>=1.0.0,<1.3.0',
         'mmrazor==1.0.0',
         # needed by mmrazor, which does not declare them
         'joblib',
@@ -31,5 +32,6 @@ setup(
     ],
     extras_require={
         'digits': ['scikit-learn'],  # the embedded data set of the demo
+        'onnx': ['onnx', 'onnxruntime'],  # tools/export_student.py --onnx
     },
 )

@@ -36,6 +36,10 @@ sys.meta_path.insert(0, Absent())
 assert 'mmkd_plugin' not in sys.modules and 'mmrazor' not in sys.modules
 '''
 
+# COCO's images at a quarter of the size that the configs give them: the same code in a sixteenth of the time.
+SMALL = ['train_dataloader.dataset.pipeline.2.scale=(333,200)', 'val_dataloader.dataset.pipeline.1.scale=(333,200)',
+         'test_dataloader.dataset.pipeline.1.scale=(333,200)']
+
 
 def run(*command, ok=True, **env):
     done = subprocess.run([sys.executable, '-W', 'ignore', *map(str, command)], cwd=ROOT, text=True,
@@ -67,7 +71,7 @@ def jobs(tmp_path, config, student, options, weights, test_options=()):
     assert 'Epoch(train) [2]' in resumed and 'Epoch(train) [1]' not in resumed
 
     exported = tmp_path / 'student.pth'
-    run('tools/export_student.py', config, checkpoint, exported)
+    run('tools/export_student.py', config, checkpoint, exported, '--cfg-options', *options)
     assert 'exists' in run('tools/export_student.py', config, checkpoint, exported, ok=False)
     assert 'loaded strictly' in run('-c', STRICT_LOAD, exported, student)
 
@@ -84,7 +88,7 @@ def test_detector(method, tmp_path):
     teacher = miniature.save_weights('mmdet::retinanet/retinanet_r101_fpn_1x_coco.py', tmp_path / 'teacher.pth')
     backbone = miniature.save_backbone(50, tmp_path / 'resnet50.pth')
     output = jobs(tmp_path, f'configs/{method}_retinanet_coco.py', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-                  miniature.coco_options(root),
+                  [*miniature.coco_options(root), *SMALL],
                   [f'model.teacher_ckpt={teacher}', f'model.architecture.backbone.init_cfg.checkpoint={backbone}'],
                   ['model.architecture.test_cfg.score_thr=0.0'])
     assert "weights of 'neck' come from the teacher" in output

@@ -158,7 +158,8 @@ def test_teacher_and_student_are_those_of_the_config(name):
     cfg = Config.fromfile(ROOT / MODELS[name]['Config'], format_python_code=False)
     if '::' in teacher['Config']:
         official = get_config(teacher['Config'], pretrained=True).model_path
-        assert cfg.model.teacher_ckpt == teacher['Weights'] == official
+        assert cfg.model.teacher_ckpt == teacher['Weights']
+        assert Path(teacher['Weights']).name == Path(official).name  # forks of the libraries have it elsewhere
     else:
         assert Path(cfg.model.teacher.cfg_path).samefile(ROOT / teacher['Config'])
         teacher_cfg = Config.fromfile(ROOT / teacher['Config'])

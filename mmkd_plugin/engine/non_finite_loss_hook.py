@@ -28,20 +28,26 @@ class NonFiniteLossHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self.step: _Step | None = None
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self.handles = [model.register_forward_hook(self._after_forward, with_kwargs=True)]
-        for wrapper in _wrappers(runner.optim_wrapper):
-            self.handles.append(wrapper.optimizer.register_step_pre_hook(
-                lambda *_: self._check(runner.iter)))
+        self.handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        self.scaled = any(hasattr(wrapper, 'loss_scaler') for wrapper in _wrappers(runner.optim_wrapper))
+        take_step = runner.optim_wrapper.step
+
+        def checked_step(*args, **kwargs) -> None:
+            if not self.scaled:
+                self._check(runner.iter)
+            take_step(*args, **kwargs)
+
+        runner.optim_wrapper.step = checked_step  # torch's own step hooks are off once anything is compiled
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        if not any(hasattr(wrapper, 'loss_scaler') for wrapper in _wrappers(runner.optim_wrapper)):
+        if not self.scaled:
             self._check(runner.iter)  # an accumulating iteration has no step
         self.step = None
 
     def after_train(self, runner: Runner) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.handle.remove()
+        del runner.optim_wrapper.step
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: dict) -> None:
         if kwargs.get('mode') == 'loss' and isinstance(output, dict):

@@ -78,7 +78,7 @@ def _original(worker_init_fn: partial | None) -> partial | None:
 
 
 class _Reseeded:
-    """An iterator over batches, seeded before each: MMEngine repeats those of before a resume."""
+    """An iterator over batches, seeded before each; after a resume those of before are loaded again, to be exact."""
 
     def __init__(self, iterator: Iterator, base: int) -> None:
         self.iterator = iterator
@@ -89,3 +89,8 @@ class _Reseeded:
         seed(self.base, self.count, 2)
         self.count += 1
         return next(self.iterator)
+
+    def skip_iter(self, iterations: int) -> None:
+        """As newer MMEngines call it, which themselves would skip without loading."""
+        for _ in range(iterations):
+            next(self)

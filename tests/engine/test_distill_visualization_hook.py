@@ -269,7 +269,7 @@ def test_a_picture_shows_image_boxes_and_maps():
     width, height = columns[-1] - columns[0], rows[-1] - rows[0]
     assert width == pytest.approx(2 * height, rel=0.05) and 100 < width < 200
     drawn = draw_views(image, [view, view], 'title')
-    assert drawn.shape[0] > plain.shape[0] and drawn.shape[1] == plain.shape[1] == 990
+    assert drawn.shape[0] > plain.shape[0] and drawn.shape[1] == plain.shape[1] and abs(plain.shape[1] - 990) <= 1
     nothing = attention * np.nan
     draw_views(image, [MapView('neck', (8., 8.), *[nothing] * 4, np.zeros((0, 4)), np.zeros(0))], 'diverged')
 
