@@ -20,19 +20,22 @@ def add_safety_hooks(cfg: Config) -> None:
     These are ``HOOKS``, unless the config has its own of that name (None for none); the last only where a
     student is distilled and validated. :class:`SafeCheckpointHook` takes the place of MMEngine's ``CheckpointHook``.
     """
-    hooks = cfg.setdefault('default_hooks', {})
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = {}
+    hooks = cfg.default_hooks
     has_student = 'architecture' in cfg.model and cfg.get('val_dataloader') is not None
     for name, hook in HOOKS.items():
         if name != 'best_student' or has_student:
             hooks.setdefault(name, hook)
         if name in hooks and hooks[name] is None:
             del hooks[name]  # MMEngine takes None for the names of its own hooks only
-    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
-    if checkpoint is not None and checkpoint.setdefault('type', 'CheckpointHook') == 'CheckpointHook':
+    hooks.setdefault('checkpoint', {})
+    checkpoint = hooks['checkpoint']  # a ConfigDict keeps a copy of what it is given
+    if checkpoint is not None and str(checkpoint.get('type', 'CheckpointHook')).split('.')[-1] == 'CheckpointHook':
         checkpoint['type'] = 'mmkd_plugin.SafeCheckpointHook'
 
 
-def resume_from(cfg: Config) -> list[str]:
+def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
     """Names the checkpoint that ``cfg`` is to resume from, and the seed of that run if the config has none.
 
     Without ``cfg.load_from`` that is the latest whole one in ``cfg.work_dir``. Nothing changes where there is none: the
@@ -65,7 +68,7 @@ def resume_from(cfg: Config) -> list[str]:
         if said:
             said.append(f'--resume: {good} is whole, and taken instead')
     if (cfg.get('randomness') or {}).get('seed') is None:
-        seed = read_checkpoint(cfg.load_from, '--resume')['meta'].get('seed')
+        seed = read_checkpoint(cfg.load_from, '--resume', trust_checkpoint)['meta'].get('seed')
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     return said
 

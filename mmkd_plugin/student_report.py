@@ -39,7 +39,7 @@ def report_student(cfg: Config, exported: str, evaluate: bool = False, trust_che
         ValueError: the file does not fit; with ``evaluate``, test data are missing.
     """
     plain = plain_config(cfg)
-    student = build_student(cfg, exported).eval()
+    student = build_student(cfg, exported, trust_checkpoint).eval()
     batch, _ = sample_batch(plain, image_channels(student))
     one = {key: values[:1] for key, values in batch.items()}
     models, absent = dict(student=student), None
@@ -110,4 +110,4 @@ def _evaluate(plain: Config, model: BaseModel) -> dict[str, float]:
                    experiment_name=f'evaluation_{id(model)}')
         runner = Runner.from_cfg(cfg)
         runner.model = model.to(get_device())
-        return {name: float(value) for name, value in runner.test().items()}
+        return {name: float(value) for name, value in runner.test().items() if isinstance(value, (int, float))}

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 _MAGIC = 0x1950a86a20f9469cfc6c  # begins a file of torch.save before 1.6
 _PROTOCOL = 1001
 _HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
-_STATISTICS = ('min', 'max', 'current', 'mean')
+_ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'  # its state has a function of its own
+_FUNCTIONS = {_HISTORY: ('min', 'max', 'current', 'mean'), _ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
 
 
 class RefusedError(ValueError):
@@ -244,10 +245,10 @@ def _numpy_dtype_state(dtype: np.dtype, state: Any) -> None:
     dtype.__setstate__(state)
 
 
-def _history_statistic(owner: Name, name: str) -> Name:
-    """The statistics that MMEngine writes beside each history; every HistoryBuffer has them of itself."""
-    _require(owner == Name(_HISTORY) and name in _STATISTICS, f'getattr({owner}, {name!r})')
-    return Name(f'{_HISTORY}.{name}')
+def _method(owner: Name, name: str) -> Name:
+    """The functions that MMEngine writes beside data; what they belong to has them of itself."""
+    _require(isinstance(owner, Name) and name in _FUNCTIONS.get(owner.path, ()), f'getattr({owner}, {name!r})')
+    return Name(f'{owner.path}.{name}')
 
 
 def _history_state(buffer: HistoryBuffer, state: Any) -> None:
@@ -275,7 +276,8 @@ _FACTORIES[None] = None
 _FACTORIES[Name('collections.OrderedDict')] = OrderedDict
 
 # What may be named without being called.
-_NAMES = {'numpy.ndarray', *(name.path for name in _FACTORIES if name), *(f'{_HISTORY}.{x}' for x in _STATISTICS)}
+_NAMES = {'numpy.ndarray', *(name.path for name in _FACTORIES if name), *_FUNCTIONS,
+          *(f'{owner}.{name}' for owner, names in _FUNCTIONS.items() for name in names)}
 
 _DTYPES = {f'torch.{name}Storage': getattr(torch, dtype) for name, dtype in (
     ('Double', 'float64'), ('Float', 'float32'), ('Half', 'float16'), ('BFloat16', 'bfloat16'), ('Long', 'int64'),
@@ -299,7 +301,7 @@ _MAKERS: dict[str, Callable] = {
     'builtins.frozenset': lambda items=(): frozenset(items),
     'builtins.complex': lambda real, imag: complex(real, imag),
     'builtins.bytes': lambda: b'',
-    'builtins.getattr': _history_statistic,
+    'builtins.getattr': _method,
     '_codecs.encode': _encoded,
     'numpy.core.multiarray._reconstruct': _ndarray,
     'numpy.core.multiarray.scalar': _scalar,

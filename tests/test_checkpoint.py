@@ -23,6 +23,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
@@ -428,3 +429,12 @@ def test_no_function_of_python_is_within_reach():
         assert maker.__module__ == 'mmkd_plugin.unpickler' and isinstance(maker, types.FunctionType)
     assert not any(callable(value) for value in unpickler._DTYPES.values())
     assert not callable(unpickler.Name('x')) and not hasattr(unpickler.Name('x'), '__dict__')
+
+
+def test_a_one_cycle_schedule_is_read(tmp_path):
+    """Its state holds a function, which is not called but named."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    state = OneCycleLR(optimizer, eta_max=0.1, total_steps=10).state_dict()
+    torch.save(dict(param_schedulers=[state]), tmp_path / 'a.pth')
+    read = read_checkpoint(str(tmp_path / 'a.pth'), 'file')['param_schedulers'][0]
+    assert read['_schedule_phases'] == state['_schedule_phases'] and not callable(read['anneal_func'])

@@ -43,6 +43,9 @@ def export(args: argparse.Namespace) -> None:
     cfg.merge_from_dict(args.cfg_options or {})
     if args.onnx:
         check_onnx(args.onnx, args.overwrite)
+    path = Path(args.out).with_suffix('.json')
+    if path.exists() and not args.overwrite:
+        raise ValueError(f'out: the report {str(path)!r} exists; choose another name, or overwrite it with --overwrite')
     foreign = export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint)
     if foreign:
         print(f'{args.out}: the student, complete; but MMDetection and MMPretrain do not have its '
@@ -50,12 +53,11 @@ def export(args: argparse.Namespace) -> None:
     else:
         print(f'{args.out}: the student, complete; load it with the student\'s own config and neither mmkd_plugin '
               'nor mmrazor.')
-    model = build_student(cfg, args.out).eval()
+    model = build_student(cfg, args.out, args.trust_checkpoint).eval()
     batch, images = sample_batch(plain_config(cfg), image_channels(model))
     print(f'Checked with {images}: its outputs are those of the distilled student, to the bit.')
     report = dict(checkpoint=args.checkpoint, file=args.out, checked_with=images, environment=environment('cpu'),
                   **report_student(cfg, args.out, args.evaluate, args.trust_checkpoint))
-    path = Path(args.out).with_suffix('.json')
     write(path, report)
     print(markdown(COLUMNS, rows(report)))
     if (report['teacher'] or {}).get('missing'):

@@ -76,7 +76,7 @@ def main() -> None:
     add_safety_hooks(cfg)
     if cfg.get('resume'):
         try:
-            print(*resume_from(cfg), sep='\n')
+            print(*resume_from(cfg, args.trust_checkpoint), sep='\n')
         except ValueError as error:
             sys.exit(str(error))
     else:

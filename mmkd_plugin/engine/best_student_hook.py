@@ -1,4 +1,5 @@
 """Keeps the best student of a run as a file of its own."""
+from math import isfinite
 from pathlib import Path
 
 from mmengine.config import Config
@@ -26,7 +27,7 @@ class BestStudentHook(Hook):
     training the first process writes.
 
     Args:
-        save_best: name of the metric; 'auto' is the first that the evaluator returns.
+        save_best: name of the metric; 'auto' is the first that ends in mAP, top1 or accuracy, else the first number.
         rule: 'greater' or 'less'; None infers it from the name, as ``CheckpointHook`` does.
 
     Raises:
@@ -66,10 +67,15 @@ class BestStudentHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if not (self._training and metrics):
             return
-        metric = next(iter(metrics)) if self.save_best == 'auto' else self.save_best
+        metric = _main_metric(metrics) if self.save_best == 'auto' else self.save_best
+        if metric is None:
+            return
         if metric not in metrics:
             raise ValueError(f'BestStudentHook.save_best: the evaluator returns no {metric!r}, but '
                              f'{", ".join(metrics)}')
+        if not isinstance(metrics[metric], (int, float)):
+            raise ValueError(f'BestStudentHook.save_best: {metric!r} is no number, but a '
+                             f'{type(metrics[metric]).__name__}')
         score = float(metrics[metric])
         if self.best is not None and self.best['metric'] != metric:
             runner.logger.warning(f'BestStudentHook: {self.path} is the best at {self.best["metric"]}; it gives way to '
@@ -102,3 +108,9 @@ class BestStudentHook(Hook):
             meta['dataset_meta'] = runner.train_dataloader.dataset.metainfo
         save_checkpoint(dict(meta=meta, state_dict=weights_to_cpu(student.state_dict())), str(self.path),
                         backend_args=dict(backend='mmkd_plugin.atomic'))
+
+
+def _main_metric(metrics: dict) -> str | None:
+    """Returns the one that stands for the others, which may be of single classes, or no numbers at all."""
+    numbers = [name for name, value in metrics.items() if isinstance(value, (int, float)) and isfinite(value)]
+    return next((name for name in numbers if name.endswith(('mAP', 'top1', 'accuracy'))), next(iter(numbers), None))

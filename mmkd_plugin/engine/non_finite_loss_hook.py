@@ -11,6 +11,8 @@ from torch import nn
 
 from ..registry import HOOKS
 
+PATIENCE = 50  # iterations in a row that a gradient scaler may skip; each halves its scale, which begins at 2^16
+
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
@@ -18,8 +20,9 @@ class NonFiniteLossHook(Hook):
 
     The error names the losses, the iteration, and shape, range and mean of the batch, with its images.
     Where a gradient scaler (``AmpOptimWrapper``) skips the step, as it does when its scale is too large, the
-    run goes on. On a GPU the answer is fetched while the backward pass runs, so that nothing waits for it. Of several
-    processes all stop, lest one of them saves what the others' gradients have spoilt.
+    run goes on, but not for 50 iterations in a row. On a GPU the answer is fetched while the backward pass runs, so
+    that nothing waits for it. Of several processes all stop, lest one of them saves what the others' gradients have
+    spoilt.
 
     Raises:
         FloatingPointError: as said, in the training step.
@@ -30,6 +33,7 @@ class NonFiniteLossHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self.handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
         self.scaled = any(hasattr(wrapper, 'loss_scaler') for wrapper in _wrappers(runner.optim_wrapper))
+        self.skipped = 0
         take_step = runner.optim_wrapper.step
 
         def checked_step(*args, **kwargs) -> None:
@@ -41,7 +45,9 @@ class NonFiniteLossHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        if not self.scaled:
+        if self.scaled and self.step is not None:
+            self.skipped = 0 if self.step.finite() else self.skipped + 1
+        if not self.scaled or self.skipped == PATIENCE:
             self._check(runner.iter)  # an accumulating iteration has no step
         self.step = None
 

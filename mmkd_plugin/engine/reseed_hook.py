@@ -35,11 +35,18 @@ class ReseedHook(Hook):
         loop = runner.train_loop
         if hasattr(loop, 'dataloader_iterator'):
             loop.dataloader_iterator = _Reseeded(loop.dataloader_iterator, runner.seed)
-        elif runner.iter % len(loop.dataloader):
+            if runner.iter and hasattr(loop, 'multi_loaders'):
+                runner.logger.warning(f'{type(loop).__name__} begins with the first batch again: the resumed run will '
+                                      'be another one than the one that was interrupted')
+            return
+        extra = runner.iter - runner.epoch * len(loop.dataloader)
+        if extra == len(loop.dataloader):  # saved by iteration at an epoch's end, before MMEngine counted it
+            loop._epoch += 1
+        elif extra:
             runner.logger.warning(
-                f'Resumed at iteration {runner.iter}, within epoch {runner.epoch + 1}: the epoch begins anew, and its '
-                f'first {runner.iter % len(loop.dataloader)} iterations are trained twice. Checkpoints at the ends of '
-                'epochs (default_hooks.checkpoint.by_epoch=True) resume exactly')
+                f'Resumed after {runner.iter} iterations, which are not {runner.epoch} epochs of '
+                f'{len(loop.dataloader)}: epoch {runner.epoch + 1} begins anew. Checkpoints at the ends of epochs '
+                '(default_hooks.checkpoint.by_epoch=True), with as many images a step as before, resume exactly')
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed(runner.seed, runner.epoch, 0)

@@ -69,5 +69,5 @@ class SafeCheckpointHook(CheckpointHook):
         current = {self.last_ckpt, getattr(self, 'best_ckpt_path', None),
                    *getattr(self, 'best_ckpt_path_dict', {}).values()}
         for path in given_up:
-            if path not in current:
+            if path not in current and Path(path).parent == Path(self.out_dir):  # not those of the run resumed from
                 remove(path)

@@ -13,6 +13,7 @@ from mmengine.visualization import Visualizer
 from test_distill_visualization_hook import classification
 
 from mmkd_plugin.engine import BestStudentHook
+from mmkd_plugin.engine.best_student_hook import _main_metric
 
 CHECKPOINTS = dict(checkpoint=dict(type='CheckpointHook', interval=1, save_best='auto'))
 
@@ -159,3 +160,14 @@ def test_an_unknown_metric_is_warned_of_and_stops_nothing(train, tmp_path, caplo
 
 def test_it_runs_before_ema_takes_the_average_out():
     assert BestStudentHook.priority == 'HIGHEST'
+
+
+@pytest.mark.parametrize('metrics, main', [
+    ({'coco/person_precision': 0.9, 'coco/bbox_mAP': 0.3, 'coco/bbox_mAP_50': 0.5}, 'coco/bbox_mAP'),
+    ({'confusion_matrix/result': torch.zeros(2, 2), 'single-label/precision': [0.1, 0.2], 'accuracy/top1': 71.0},
+     'accuracy/top1'),
+    ({'a/precision': float('nan'), 'b/precision': 0.4}, 'b/precision'),
+    ({'confusion_matrix/result': torch.zeros(2, 2)}, None),
+])
+def test_the_metric_that_stands_for_the_others(metrics, main):
+    assert _main_metric(metrics) == main

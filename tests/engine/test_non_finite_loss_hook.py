@@ -80,6 +80,13 @@ def test_a_scaler_skips_and_the_run_goes_on(train):  # noqa: F811
     assert runner.iter == 6 and all(value.isfinite().all() for value in dict(runner.model.named_parameters()).values())
 
 
+def test_a_scaler_does_not_skip_for_ever(train, monkeypatch):  # noqa: F811
+    monkeypatch.setattr('mmkd_plugin.engine.non_finite_loss_hook.PATIENCE', 2)
+    monkeypatch.setattr(OptimWrapper, 'loss_scaler', None, raising=False)
+    with pytest.raises(FloatingPointError, match='iteration 4: '):
+        train('g', epochs=3, default_hooks=dict(HOOK, a=Spoil(float('nan')), b=Spoil(float('nan'), at=3)))
+
+
 def test_costs_no_bit(train):  # noqa: F811
     plain = train('e', epochs=1).model.state_dict()
     checked = train('f', epochs=1, default_hooks=HOOK).model.state_dict()

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from test_freeze_policy_hook import MODEL, POLICY, loader
 
-from mmkd_plugin.engine.safe_checkpoint_hook import AtomicBackend
+from mmkd_plugin.engine.safe_checkpoint_hook import AtomicBackend, SafeCheckpointHook
 from mmkd_plugin.resume import add_safety_hooks, checkpoints_in, is_whole, resume_from
 
 
@@ -104,9 +104,42 @@ def test_order_seed_and_no_checkpoint_at_all(tmp_path):
 
 def test_what_a_config_says_of_these_hooks_holds(tmp_path):
     cfg = config(tmp_path, epochs=1)
-    cfg.default_hooks.update(reseed=None, non_finite_loss=None, checkpoint=dict(type='mmengine.CheckpointHook'))
+    cfg.default_hooks.update(reseed=None, non_finite_loss=None, checkpoint=dict(type='mmkd_plugin.Mine'))
     add_safety_hooks(cfg)
-    assert set(cfg.default_hooks) == {'checkpoint'} and cfg.default_hooks.checkpoint.type == 'mmengine.CheckpointHook'
+    assert set(cfg.default_hooks) == {'checkpoint'} and cfg.default_hooks.checkpoint.type == 'mmkd_plugin.Mine'
     cfg.val_dataloader = dict()
     add_safety_hooks(cfg)
     assert set(cfg.default_hooks) == {'checkpoint', 'reseed', 'non_finite_loss', 'best_student'}
+
+
+@pytest.mark.parametrize('fields', [
+    {}, dict(default_hooks=None), dict(default_hooks=dict(logger=dict(type='LoggerHook'))),
+    dict(default_hooks=dict(checkpoint=dict(interval=2))),
+    dict(default_hooks=dict(checkpoint=dict(type='mmengine.CheckpointHook')))])
+def test_configs_with_few_hooks_of_their_own_get_these_too(fields):
+    cfg = Config(dict(model=dict(architecture={}), val_dataloader={}, **fields))
+    add_safety_hooks(cfg)
+    assert {'checkpoint', 'reseed', 'non_finite_loss', 'best_student'} <= set(cfg.default_hooks)
+    assert cfg.default_hooks.checkpoint.type == 'mmkd_plugin.SafeCheckpointHook'
+
+
+def test_the_best_of_the_run_resumed_from_is_left_alone(tmp_path):
+    hook = SafeCheckpointHook()
+    hook.file_backend, hook.out_dir = AtomicBackend(), str(tmp_path / 'new')
+    for name in ('old/best.pth', 'new/best.pth'):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with hook._remove_afterwards():
+        for name in ('old/best.pth', 'new/best.pth'):
+            hook.file_backend.remove(str(tmp_path / name))
+    assert [path.parent.name for path in tmp_path.glob('*/best.pth')] == ['old']
+
+
+def test_an_iteration_checkpoint_at_the_end_of_an_epoch_resumes_at_the_next(tmp_path):
+    first = train(config(tmp_path, epochs=2, by_epoch=False))
+    assert first.iter == 4
+    cfg = config(tmp_path, epochs=3, by_epoch=False)
+    resume_from(cfg)
+    cfg.resume = True
+    second = train(cfg)
+    assert (second.epoch, second.iter) == (3, 6)
