@@ -143,15 +143,15 @@ def miniature(tool, data, monkeypatch, tmp_path):
     benchmark, tasks = tool('benchmark_gain'), tool('gain_tasks')
     configs = tmp_path / 'configs'
     configs.mkdir()
-    for name in ('resnet20_fashion_mnist', 'resnet8_fashion_mnist-1000', 'fitnet_resnet8_fashion_mnist-1000'):
+    for name in ('resnet20_fashion_mnist', 'resnet8_fashion_mnist-500', 'fitnet_resnet8_fashion_mnist-500'):
         cfg = small(Config.fromfile(ROOT / f'configs/fashion/{name}.py'), data)
         if 'teacher' in cfg.model:
             cfg.model.teacher.cfg_path = str(configs / 'resnet20_fashion_mnist.py')
         cfg.dump(configs / f'{name}.py')
     original = tasks.TASKS['fashion']
-    fitnet = tasks.Row('SoKD', 'fitnet_resnet8_fashion_mnist-1000', 'student', 1, tasks.sokd(1, 'attention'),
+    fitnet = tasks.Row('SoKD', 'fitnet_resnet8_fashion_mnist-500', 'student', 1, tasks.sokd(1, 'attention'),
                        tasks.BASE, (1.0, 2.0))
-    student = tasks.Row('student alone', 'resnet8_fashion_mnist-1000', seeds=1)
+    student = tasks.Row('student alone', 'resnet8_fashion_mnist-500', seeds=1)
     broken = dataclasses.replace(student, options={'optim_wrapper.optimizer.type': 'Nonsense'})
     rows = dict(student=student, sokd=fitnet, broken=broken)
     task = tasks.Task(original.title, str(configs), original.teacher, original.metric, original.unit, 1.0, rows)

@@ -1,7 +1,0 @@
-# The student: ResNet-8, with labels for the first 1,000 of the 50,000 training images only, so that the teacher knows
-# something that the student's labels do not tell.
-_base_ = './resnet20_fashion_mnist.py'
-model = dict(backbone=dict(depth=8))
-train_dataloader = dict(batch_size=50, dataset=dict(indices=1000))
-optim_wrapper = dict(optimizer=dict(lr=0.2))
-train_cfg = dict(max_epochs=40, val_interval=10)
