@@ -52,7 +52,7 @@ FREE = {'model.distiller.base.scale_free': True}
 
 def fashion() -> Task:
     end = '_resnet8_fashion_mnist-500'
-    around = sokd(15, 'attention')
+    around = sokd(12, 'attention')
     feature, attention = (3.0, 10.0, 30.0, 100.0, 300.0), (100.0, 300.0, 1e3, 3e3, 1e4)
     review = (1.0, 3.0, 10.0, 30.0, 100.0)
     paper, free = (100.0, 300.0, 1e3, 3e3, 1e4), (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -65,7 +65,7 @@ def fashion() -> Task:
 
     rows = dict(
         student=Row('student alone', end[1:]),
-        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 200}),
+        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 160}),
         inherited=row('student alone, inherited head', 'inherit', weight=()),
         kd=row('KD', 'kd', weight=KD, weights=(0.3, 1.0, 3.0, 10.0, 30.0)),
         fitnet=row('FitNet', 'fitnet', weights=feature),
@@ -81,10 +81,10 @@ def fashion() -> Task:
         margin_1=part('AMD, margin 1', 'amd', 'amd', options={'model.distiller.base.margin': 1.0}),
         no_dafa=part('SoKD on FitNet without DAFA', options={'model.distiller.dam': dict(anchor='attention')}),
         no_dam=part('SoKD on FitNet without DAM', options={**around, 'model.distiller.dam': None}),
-        no_anchor=part('SoKD on FitNet without anchor', options=sokd(15, None)),
+        no_anchor=part('SoKD on FitNet without anchor', options=sokd(12, None)),
         random=part('SoKD on FitNet, policy not learned', options=sokd(0, 'attention')),
-        region_student=part('SoKD on FitNet, areas of the student', options=sokd(15, 'attention', region='student')),
-        region_teacher=part('SoKD on FitNet, areas of the teacher', options=sokd(15, 'attention', region='teacher')))
+        region_student=part('SoKD on FitNet, areas of the student', options=sokd(12, 'attention', region='student')),
+        region_teacher=part('SoKD on FitNet, areas of the teacher', options=sokd(12, 'attention', region='teacher')))
     return Task('Fashion-MNIST, ResNet-20 to ResNet-8', 'configs/fashion', 'resnet20_fashion_mnist',
                 'accuracy/top1', 'top-1 accuracy (%)', 1.0, rows)
 

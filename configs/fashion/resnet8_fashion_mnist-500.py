@@ -3,4 +3,4 @@
 _base_ = './resnet20_fashion_mnist.py'
 model = dict(backbone=dict(depth=8))
 train_dataloader = dict(batch_size=25, dataset=dict(indices=500))
-train_cfg = dict(max_epochs=100, val_interval=25)
+train_cfg = dict(max_epochs=80, val_interval=20)
