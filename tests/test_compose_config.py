@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +292,16 @@ def test_a_hook_that_reaches_into_the_plain_model(tmp_path, reaching_hook, monke
     monkeypatch.setattr(RetinaNet, 'part_of_the_student', None, raising=False)
     with pytest.raises(ValueError, match="ReachingHook uses 'part_of_the_student'.*model.student"):
         compose(*arguments, overwrite=True)
+
+
+def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
+    student, teacher = detectors(tmp_path)
+    weights, out = tmp_path / 'exotic.pth', str(tmp_path / 'o.py')
+    torch.save(dict(state_dict=build_cfg_path(teacher, '').state_dict(), args=argparse.Namespace()), weights)
+    with pytest.raises(ValueError, match='teacher_ckpt: .*refused because of argparse.Namespace.*--trust-checkpoint'):
+        compose(student, teacher, 'amd', str(weights), out)
+    compose(student, teacher, 'amd', str(weights), out, trust_checkpoint=True)
+    assert Config.fromfile(out).model.trust_checkpoint is True
 
 
 @pytest.mark.parametrize('change, message', [

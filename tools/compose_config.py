@@ -16,6 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--layers', nargs='+', default=(), metavar='NAME',
                         help='modules to distil, NAME or STUDENT=TEACHER; default: those whose strides match')
     parser.add_argument('--teacher-ckpt', required=True, metavar='FILE', help='weights of the teacher, or an address')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='load the weights even if they could run code; only if you trust whoever made them')
     parser.add_argument('-o', '--out', required=True, help='file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
     return parser.parse_args()

@@ -22,7 +22,8 @@ def compose(student: str,
             out: str,
             base: str | None = None,
             layers: Sequence[str] = (),
-            overwrite: bool = False) -> str:
+            overwrite: bool = False,
+            trust_checkpoint: bool = False) -> str:
     """Writes the config that distils ``teacher`` into ``student``, after trying it for one step.
 
     Args:
@@ -34,6 +35,7 @@ def compose(student: str,
         base: of SoKD, one of ``BASES``; by default fitnet for detectors, reviewkd for classifiers.
         layers: modules, ``NAME`` or ``STUDENT=TEACHER``; by default those whose strides match.
         overwrite: whether ``out`` may be there.
+        trust_checkpoint: as in :class:`.TeacherStudentDistill`, which gets it.
 
     Returns:
         What was wired, as text to print.
@@ -55,7 +57,7 @@ def compose(student: str,
     logging.disable(logging.WARNING)  # how each weight was initialised, and what training will say again
     try:
         plan = make_plan(Network(student, 'STUDENT'), Network(teacher, 'TEACHER'), method, teacher_ckpt, path, base,
-                         layers)
+                         layers, trust_checkpoint)
         unfinished.write_text(config_text(plan))
         cfg = _read(unfinished, student)
         trial = try_one_step(cfg, random_teacher=remote)
@@ -68,7 +70,7 @@ def compose(student: str,
 
 
 def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str, out: Path, base: str | None,
-              layers: Sequence[str]) -> Plan:
+              layers: Sequence[str], trust_checkpoint: bool) -> Plan:
     """Decides what :func:`compose` writes.
 
     Raises:
@@ -108,7 +110,7 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
     return Plan(
         method=method, base=base,
         student=student.name if '::' in student.name else Path(os.path.relpath(student.name, out.parent)).as_posix(),
-        teacher=teacher.name, teacher_ckpt=teacher_ckpt, layers=pairs,
+        teacher=teacher.name, teacher_ckpt=teacher_ckpt, trust_checkpoint=trust_checkpoint, layers=pairs,
         strides=[stride(size[0]) for pair in pairs for size in student.sizes(pair[0])],
         inherit=propose_inherit(student, teacher) if student.is_detector else [],
         logits=logits, task_loss=task_loss, detector=student.is_detector,

@@ -15,6 +15,7 @@ class Plan:
     student: str  # as _base_ names it
     teacher: str
     teacher_ckpt: str
+    trust_checkpoint: bool
     layers: list[tuple[str, str]]  # of student and teacher
     strides: list[int | float]  # of the maps of the layers; empty if not known
     inherit: list[str]
@@ -41,6 +42,8 @@ def config_text(plan: Plan) -> str:
               '    architecture=_base_.model,',
               f'    teacher=dict(cfg_path={plan.teacher!r}),{_seen_from(plan.teacher)}',
               f'    teacher_ckpt={plan.teacher_ckpt!r},{_seen_from(plan.teacher_ckpt)}']
+    if plan.trust_checkpoint:
+        lines.append('    trust_checkpoint=True,  # whatever code the file holds is run')
     if plan.inherit:
         lines += _list('    inherit=', plan.inherit, "start from the teacher's weights, where shapes agree")
     if plan.base == 'reviewkd':
