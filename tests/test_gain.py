@@ -238,6 +238,19 @@ def test_the_table(tool):
     assert lines[4] == '| KD | 83.50 ± 0.71 | 2 | +3.00 ± 12.71 to student alone | 2 of 2 | 32% | 3 |'
 
 
+def test_amd_against_the_size_of_the_map(tool, tmp_path):
+    """Value and relative gradient of the scale-free form stay within a fifth, the paper's fall by more than 10^5."""
+    sizes = tool('amd_map_sizes')
+    for loss, steady in ((sizes.AMDLoss(scale_free=True), True), (sizes.AMDLoss(), False)):
+        found = [sizes.measure(loss, size) for size in sizes.SIZES]
+        for figures in ([value for value, _, _ in found],
+                        [float(gradient.norm()) * norm for _, gradient, norm in found]):
+            fall = max(figures) / min(figures)
+            assert fall < 1.2 if steady else fall > 1e5
+    sizes.draw(tmp_path / 'sizes.png')
+    assert (tmp_path / 'sizes.png').stat().st_size > 5000
+
+
 def test_what_is_written_by_hand_stays(tool):
     insert, (begin, end) = tool('report_gain').insert, (tool('report_gain').BEGIN, tool('report_gain').END)
     page = f'# Results\nhello\n{begin}\nold\n{end}\nbye\n'

@@ -2,7 +2,12 @@
 
 Inputs are ReLU of Gaussian noise, N = 2, C = 64, float64, seed 0.
 """
+import argparse
+from pathlib import Path
+
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch.nn.functional import cosine_similarity
 
 from mmkd_plugin.models.losses import AMDLoss
@@ -19,7 +24,28 @@ def measure(loss: AMDLoss, size: tuple[int, int]) -> tuple[float, torch.Tensor, 
     return value.item(), gradient.flatten(), student.norm().item()
 
 
+def draw(path: Path) -> None:
+    """Draws value and gradient of both forms against the number of positions."""
+    figure = Figure((8, 3.6), dpi=110, layout='constrained')
+    axes = figure.subplots(1, 2)
+    positions = [height * width for height, width in SIZES]
+    for label, loss in (("the paper's form", AMDLoss()), ('scale-free', AMDLoss(scale_free=True))):
+        found = [measure(loss, size) for size in SIZES]
+        axes[0].loglog(positions, [value for value, _, _ in found], 'o-', label=label)
+        axes[1].loglog(positions, [float(gradient.norm()) * norm for _, gradient, norm in found], 'o-', label=label)
+    for axis, label in zip(axes, ('value', 'norm of the gradient in F_S x norm of F_S')):
+        axis.set(xlabel='positions of the map (HW)', ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--plot', type=Path, help='picture of both against the size')
+    args = parser.parse_args()
     print('| map | paper: value | paper: gradient norm | scale-free: value | scale-free: gradient norm x feature norm '
           '| cosine of the scale-free gradients for m = 1.35 and m = 1 |')
     print('|---|---|---|---|---|---|')
@@ -30,6 +56,8 @@ def main() -> None:
         cosine = cosine_similarity(gradient, without_margin, dim=0).item()
         print(f'| {size[0]} x {size[1]} | {paper:.1e} | {paper_gradient.norm():.1e} | {value:.3f} '
               f'| {gradient.norm() * norm:.2f} | {cosine:.3f} |')
+    if args.plot:
+        draw(args.plot)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+from amd_map_sizes import draw as draw_map_sizes
 from benchmark_gain import RESULTS, read, reported_runs, teacher_run
 from benchmarking import markdown
 from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
@@ -40,8 +41,10 @@ def main() -> None:
         bars(task, found, drawn['bars'])
         curves(task, found, drawn['curves'])
         policy(task, found, drawn['policy'])
-        parts.append(section(task, found, drawn, args.page.parent))
-    parts.append(papers())
+        parts.append(section(task, found, drawn))
+    sizes = args.images / 'results_amd_sizes.png'
+    draw_map_sizes(sizes)
+    parts += [map_sizes(sizes), papers()]
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(insert(args.page.read_text() if args.page.exists() else SURROUNDINGS.format(BEGIN, END),
                                 '\n\n'.join(parts)))
@@ -120,12 +123,12 @@ def label(task: Task, name: str) -> str:
     return task.rows[name].label
 
 
-def section(task: Task, found: Found, drawn: dict[str, Path], beside: Path) -> str:
+def section(task: Task, found: Found, drawn: dict[str, Path]) -> str:
     """Returns the part of the page on a task."""
     lines = [line for row in found.values() for line in row.values()]
     told = '; '.join(f'{key} {", ".join(sorted({str(line[key]) for line in lines}))}'
                      for key in ('commit', 'torch', 'mmdet', 'mmpretrain', 'device', 'threads'))
-    pictures = [f'![{words}]({Path("images") / drawn[kind].name})' for kind, words in (
+    pictures = [f'![{words}](images/{drawn[kind].name})' for kind, words in (
         ('bars', 'Mean of every row with its spread, and every seed'),
         ('curves', 'Learning curves, mean over seeds'),
         ('policy', 'How often the policy applies each operation, over the search')) if drawn[kind].exists()]
@@ -139,6 +142,12 @@ def section(task: Task, found: Found, drawn: dict[str, Path], beside: Path) -> s
         table(task, found),
         f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {told}.',
         *pictures])
+
+
+def map_sizes(picture: Path) -> str:
+    return (f'## AMD against the size of the map\n\n![Value and gradient of both forms](images/{picture.name})\n\n'
+            'ReLU of Gaussian noise, N = 2, C = 64; the figures are in [amd.md](amd.md), and '
+            '`python tools/amd_map_sizes.py` prints them.')
 
 
 def papers() -> str:
