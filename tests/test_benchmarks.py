@@ -91,12 +91,12 @@ def test_benchmark_loss(run, tmp_path):
 def test_benchmark_step(run, tool, monkeypatch, tmp_path):
     monkeypatch.setattr(tool('benchmark_step'), 'MEMORY_STEPS', 1)
     output = run('benchmark_step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--rounds', 2, '--arms', 'amd',
-                 'sokd_search', 'sokd_frozen', 'sokd_base', 'cwd', '--sub-policies', 1, 36, '--clock', 'cpu',
+                 'amd_amp', 'sokd_search', 'sokd_frozen', 'sokd_base', 'cwd', '--sub-policies', 1, 36, '--clock', 'cpu',
                  '--out', tmp_path / 'step.json', '--plot', tmp_path / 'step.png')
     found = json.loads((tmp_path / 'step.json').read_text())
     arms = [(figure['arm'], figure['settings']['sub_policies']) for figure in found['arms']]
-    assert arms == [('floor', 1), ('amd', 1), ('sokd_search', 1), ('sokd_search', 36), ('sokd_frozen', 1),
-                    ('sokd_frozen', 36), ('sokd_base', 1), ('cwd', 1)]
+    assert arms == [('floor', 1), ('amd', 1), ('amd_amp', 1), ('sokd_search', 1), ('sokd_search', 36),
+                    ('sokd_frozen', 1), ('sokd_frozen', 36), ('sokd_base', 1), ('cwd', 1)]
     figures = dict(zip(arms, found['arms']))
     assert figures['floor', 1]['to_floor'] == dict(ratio=1.0, low=1.0, high=1.0)
     weights = figures['floor', 1]['peak_bytes']

@@ -1,6 +1,8 @@
 """Each case in a process of its own: what is imported cannot be unimported."""
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,14 @@ def test_a_mmcv_too_old_for_mmrazor_is_refused_with_its_own_version():
     code, output = python(NEWER_MMCV.replace('2.3.6', '1.7.0') + 'import mmkd_plugin')
     last = output.strip().splitlines()[-1]
     assert code != 0 and 'StackError' in last and 'mmrazor (MMCV==1.7.0' in last, last
+
+
+def test_tools_leave_it_to_us_to_import_mmrazor():
+    """Sorted imports would put it first, where it refuses the newer stack's mmcv."""
+    tools = sorted((Path(__file__).parent.parent / 'tools').glob('*.py'))
+    assert len(tools) > 10
+    for tool in tools:
+        for node in ast.walk(ast.parse(tool.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
+                node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split('.')[0] == 'mmrazor' for name in names), tool.name

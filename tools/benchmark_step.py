@@ -22,15 +22,17 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
-from mmrazor.registry import MODELS as RAZOR_MODELS
 from torch import Tensor, nn
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.cfg_path import read_cfg_path
+from mmkd_plugin.engine.compile_student_hook import compile_student
 
 ROOT = Path(__file__).parent.parent
 OURS = {
     'amd': 'AMD, as its config has it',
+    'amd_amp': 'AMD by --amp: float16, on a CPU bfloat16',
+    'amd_compiled': 'AMD with CompileStudentHook',
     'sokd_search': 'SoKD, while the policy is searched',
     'sokd_frozen': 'SoKD, after the search',
     'sokd_base': 'the distiller that SoKD is built on, by itself',
@@ -140,6 +142,11 @@ class Workshop:
         if name == 'sokd_frozen':
             model.distiller.dafa.freeze()
         config.optim_wrapper.optimizer.lr *= 1e-3
+        if name == 'amd_amp':
+            on_cpu = self.device == 'cpu'
+            config.optim_wrapper.type = 'mmkd_plugin.AutocastOptimWrapper' if on_cpu else 'AmpOptimWrapper'
+        elif name == 'amd_compiled':
+            compile_student(model)
         optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
         data = self._data(settings.size)
         step = _step(name, model, optim_wrapper, data)
@@ -159,7 +166,7 @@ class Workshop:
         if name == 'sokd_base':
             distiller.update(dafa=None, dam=None)
             config.optim_wrapper.pop('constructor'), config.optim_wrapper.pop('policy')
-        elif name != 'amd':
+        elif name.startswith('sokd'):
             if settings.sub_policies:
                 distiller.dafa.num_sub_policies = settings.sub_policies
             if settings.areas:
@@ -170,7 +177,7 @@ class Workshop:
         kind = 'SingleTeacherDistill' if name == 'cwd_single' else 'FpnTeacherDistill'
         distiller = razor_distiller(name.removesuffix('_single'), self.pair.maps)
         with DefaultScope.overwrite_default_scope('mmrazor'):
-            return RAZOR_MODELS.build(dict(type=kind, architecture=student, teacher=teacher, distiller=distiller))
+            return MODELS.build(dict(type=kind, architecture=student, teacher=teacher, distiller=distiller))
 
     def _data(self, size: tuple[int, int]) -> dict:
         if size not in self.data:

@@ -5,6 +5,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmrazor.models.algorithms.base import BaseAlgorithm
 from torch import nn
 
 from ..registry import HOOKS
@@ -33,11 +34,16 @@ class CompileStudentHook(Hook):
         if not hasattr(model, 'student'):
             raise ValueError(f'CompileStudentHook: {type(model).__name__} has no student; for a plain model set '
                              'compile=True in the config')
-        recorded = {recorder.source for recorder in model.distiller.student_recorders.recorders.values()}
-        parts = dict(_parts(model.student, recorded))
-        for part in parts.values():
-            part.forward = torch.compile(part.forward, backend=self.backend)
-        runner.logger.info(f'Compiled parts of the student: {", ".join(parts)}')
+        runner.logger.info(f'Compiled parts of the student: {", ".join(compile_student(model, self.backend))}')
+
+
+def compile_student(model: BaseAlgorithm, backend: str = 'inductor') -> list[str]:
+    """Compiles what :class:`CompileStudentHook` does, and returns the names of the parts."""
+    recorded = {recorder.source for recorder in model.distiller.student_recorders.recorders.values()}
+    parts = dict(_parts(model.student, recorded))
+    for part in parts.values():
+        part.forward = torch.compile(part.forward, backend=backend)
+    return list(parts)
 
 
 def _parts(module: nn.Module, recorded: set[str], prefix: str = '') -> Iterator[tuple[str, nn.Module]]:
