@@ -1,5 +1,7 @@
 """Does distillation help: trains the rows of tools/gain_tasks.py, seed after seed, each run a process of its own.
 
+The processes are forked from one that has imported the libraries, which takes longer than a short training.
+
 Every run that ends is a line in docs/results/TASK.jsonl; what is there already, with the same config, is not run
 again, so that an interrupted benchmark goes on where it was. With --tune: the candidates for each row's weight, on the
 tuning split and with seeds of their own, into TASK_tuning.jsonl, from where the runs that count take the best.
@@ -11,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -28,10 +31,16 @@ from tempfile import TemporaryDirectory
 from benchmarking import environment, last_checkpoint
 from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
 from mmengine.config import Config
+from mmengine.runner import Runner
 
+from mmkd_plugin.resume import add_safety_hooks
 from mmkd_plugin.utils import closest
 
 RESULTS = Path('docs/results')
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload([
+    'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.visualization', 'mmpretrain.models',
+    'mmpretrain.datasets', 'mmpretrain.evaluation', 'mmpretrain.visualization', 'mmkd_plugin.models'])
 POLICY = 'policy/'  # how FreezePolicyHook's scalars begin
 UNDECIDING = {'filename', 'randomness', 'default_hooks', 'visualizer', 'vis_backends', 'log_level', 'log_processor'}
 
@@ -52,6 +61,7 @@ class Run:
 
 def main() -> None:
     args = parse_args()
+    os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that train
     subprocess.run([sys.executable, '-W', 'ignore', 'tools/make_fashion.py'], check=True)
     failed = 0
     for name in args.task:
@@ -205,9 +215,9 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
             try:
                 line = train(task, run, Path(place), teacher)
                 said = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
-            except subprocess.CalledProcessError as error:
+            except RuntimeError as error:
                 line, log = None, folder / f'failed_{run.row}_{run.seed}.log'
-                log.write_text(error.output)
+                log.write_text(str(error))
                 said = f'failed, see {log}'
         with lock:
             done += 1
@@ -233,22 +243,22 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
     """Trains in ``place`` and returns the run's line of the results.
 
     Raises:
-        subprocess.CalledProcessError: it failed; ``output`` is its log.
+        RuntimeError: it failed; the message is its log.
     """
     cfg = copy.deepcopy(run.config)
-    if teacher is None:
-        place.mkdir(parents=True, exist_ok=True)
-    else:
+    cfg.work_dir = str(place)
+    if teacher is not None:
         cfg.default_hooks.checkpoint = None
-        cfg.default_hooks.pop('best_student', None)
+        cfg.default_hooks.best_student = None
         if 'teacher_ckpt' in cfg.model:
             cfg.model.teacher_ckpt = str(teacher.resolve())
-    cfg.dump(place / 'config.py')
-    began = time.time()
-    done = subprocess.run([sys.executable, '-W', 'ignore', 'tools/train.py', place / 'config.py', '--work-dir', place],
-                          env=dict(os.environ, OMP_NUM_THREADS='1'), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    done.check_returncode()
+    place.mkdir(parents=True, exist_ok=True)
+    began, log = time.time(), place / 'stdout.log'
+    process = PROCESSES.Process(target=fit, args=(cfg.to_dict(), str(log)))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(log.read_text())
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
     curve = [line for line in scalars if task.metric in line]
@@ -260,6 +270,16 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
         line['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
                           for line in policy]
     return dict(line, fingerprint=run.fingerprint, seconds=round(time.time() - began), **environment('cpu'))
+
+
+def fit(config: dict, log: str) -> None:
+    """Trains a config as tools/train.py does, in a process that is there for nothing else."""
+    with open(log, 'wb') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    cfg = Config(config, format_python_code=False)  # formatting takes seconds
+    add_safety_hooks(cfg)
+    Runner.from_cfg(cfg).train()
 
 
 class Results:

@@ -10,13 +10,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmarking import CLOCK, CLOCKS, PEAK_MEMORY, environment, interleave, markdown, peak_memory, ratio
+from benchmarking import (
+    CLOCK,
+    CLOCKS,
+    PEAK_MEMORY,
+    command,
+    environment,
+    interleave,
+    markdown,
+    peak_memory,
+    ratio,
+)
 from torch import Tensor
 
 from mmkd_plugin.models.losses import AMDLoss
 
 MAPS = ['256x100x168', '256x50x84', '256x25x42', '256x13x21', '64x100x168', '1024x100x168']
 LARGE = 16 * 2**20  # bytes of one map, from which on the goals hold
+HEADER = ['map', 'arm', 'ms', 'to the floor', 'times faster than plain', 'peak (MiB)', 'goals reached']
 TIMES_FLOOR, TIMES_FASTER = 1.5, 3.0  # the goals: at most, at least
 
 
@@ -105,6 +116,10 @@ def row(result: dict, name: str) -> list[str]:
         {True: 'yes', False: 'no', None: ''}[arm.get('reached')]]
 
 
+def table(results: list[dict]) -> str:
+    return markdown(HEADER, [row(result, name) for result in results for name in result['arms']])
+
+
 def draw(results: list[dict], path: Path) -> None:
     """Time and peak memory of every arm against the size of one map."""
     from matplotlib import pyplot as plt
@@ -129,15 +144,15 @@ def main() -> None:
     print(f'Ratios: median and 95% interval over {args.rounds} interleaved rounds. Goals, for maps of at least '
           f'{LARGE / 2**20:.0f} MiB: at most {TIMES_FLOOR} of the floor and at least {TIMES_FASTER:g} times faster '
           'than plain.\n')
-    header = ['map', 'arm', 'ms', 'to the floor', 'times faster than plain', 'peak (MiB)', 'goals reached']
-    print(markdown(header, []), flush=True)
+    print(markdown(HEADER, []), flush=True)
     results = []
     for size in args.maps:
         results.append(measure(size, args))
-        print(markdown(header, [row(results[-1], name) for name in results[-1]['arms']]).split('\n', 2)[2], flush=True)
+        print(table(results[-1:]).split('\n', 2)[2], flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = dict(environment=environment(args.device), clock=args.clock, maps=results)
+        found = dict(command=command(), environment=environment(args.device), clock=args.clock, rounds=args.rounds,
+                     maps=results)
         args.out.write_text(json.dumps(found, indent=1))
     if args.plot:
         draw(results, args.plot)

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from benchmarking import CLOCK, CLOCKS, PEAK_MEMORY, environment, interleave, markdown, peak_memory, ratio
+from benchmarking import (
+    CLOCK,
+    CLOCKS,
+    PEAK_MEMORY,
+    command,
+    environment,
+    interleave,
+    markdown,
+    peak_memory,
+    ratio,
+)
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
@@ -48,6 +58,7 @@ ARMS = {'floor': 'the student\'s step, and the teacher to its neck', **OURS, **R
 FBKD_LEVELS = [dict(reduction=4, maxpool_stride=8), dict(reduction=4, maxpool_stride=4), {}, {}]  # as MMRazor's config
 SETTINGS = {'size': ARMS, 'layers': OURS, 'sub_policies': ('sokd_search', 'sokd_frozen'),
             'areas': ('sokd_search', 'sokd_frozen')}  # which arms each option changes
+LABELS = dict(size='side of the images (pixels)', layers='maps', sub_policies='sub-policies', areas='P')
 MEMORY_STEPS = 3  # SoKD's steps differ by what is drawn; the dearest counts
 BOXES = 7  # an image, as in COCO
 
@@ -66,6 +77,7 @@ GOALS = [Goal('amd', 'floor', 1.03, 1.05), Goal('sokd_search', 'floor', 1.15, 1.
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, and the maps that MMRazor's methods and ``--layers`` read, largest first."""
+    title: str
     config: str  # {} is base, amd or sokd
     base: str
     maps: dict[str, int]  # channels by module
@@ -74,9 +86,11 @@ class Pair:
 
 
 PAIRS = {
-    'retinanet': Pair('configs/{}_retinanet_coco.py', 'configs/_base_/retinanet_r101_r50_coco.py',
+    'retinanet': Pair('RetinaNet R101 to R50', 'configs/{}_retinanet_coco.py',
+                      'configs/_base_/retinanet_r101_r50_coco.py',
                       {f'neck.fpn_convs.{i}': 256 for i in range(5)}, (384, 384), 2),
-    'resnet': Pair('configs/{}_resnet_imagenet.py', 'configs/_base_/resnet34_resnet18_imagenet.py',
+    'resnet': Pair('ResNet34 to ResNet18', 'configs/{}_resnet_imagenet.py',
+                   'configs/_base_/resnet34_resnet18_imagenet.py',
                    {'backbone.layer2': 128, 'backbone.layer3': 256, 'backbone.layer4': 512}, (224, 224), 16),
 }
 
@@ -336,7 +350,7 @@ def compare(arms: list[Arm], seconds: dict[int, list[float]], peaks: list[int]) 
 def report(figures: list[dict], verdicts: list[dict], varied: str | None) -> str:
     def at(result: dict) -> str:
         value = result['settings'].get(varied)
-        return '' if value is None else 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return '' if value is None else 'x'.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
     def interval(r: dict) -> str:
         return f'{r["ratio"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f})'
@@ -368,9 +382,8 @@ def draw(figures: list[dict], varied: str, path: Path) -> None:
         axes[0].fill_between(values, [r['low'] for r in ratios], [r['high'] for r in ratios],
                              color=line.get_color(), alpha=0.2)
         axes[1].plot(values, [f['memory_to_floor'] for f in mine], 'o-', label=name)
-    labels = dict(size='side of the images (pixels)', layers='maps', sub_policies='sub-policies', areas='P')
     for axis, label in zip(axes, ('time to the floor', 'peak memory to the floor')):
-        axis.set(xlabel=labels[varied], ylabel=label)
+        axis.set(xlabel=LABELS[varied], ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
@@ -395,7 +408,8 @@ def main() -> None:
     print(report(figures, verdicts, args.varied))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = dict(environment=where, batch=args.batch, clock=args.clock, arms=figures, goals=verdicts)
+        found = dict(title=args.pair.title, command=command(), environment=where, batch=args.batch, clock=args.clock,
+                     rounds=args.rounds, varied=args.varied, arms=figures, goals=verdicts)
         args.out.write_text(json.dumps(found, indent=1))
     if args.plot:
         draw(figures, args.varied, args.plot)

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,12 @@ def environment(device: str) -> dict:
         threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__, mmengine=mmengine.__version__,
         mmdet=mmdet.__version__, mmpretrain=mmpretrain.__version__, python=platform.python_version(),
         commit=commit or 'unknown')
+
+
+def command() -> str:
+    """Returns how this program was called."""
+    threads = os.environ.get('OMP_NUM_THREADS')
+    return ' '.join([*([f'OMP_NUM_THREADS={threads}'] if threads else []), 'python', shlex.join(sys.argv)])
 
 
 def last_checkpoint(work_dir: Path) -> Path:

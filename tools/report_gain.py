@@ -1,4 +1,4 @@
-"""Writes what tools/benchmark_gain.py found into docs/results.md, between two marks, and the plots beside it.
+"""Writes what the benchmarks found into docs/results.md, between two marks, and the plots beside it.
 
 What stands outside the marks stays. Of every row only runs of its present config count, one a seed.
 """
@@ -12,6 +12,7 @@ from benchmark_gain import RESULTS, read, reported_runs, teacher_run
 from benchmarking import markdown
 from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
 from make_model_index import NOT_MEASURED, PAPER_RESULTS
+from report_cost import sections as cost_sections
 from scipy.stats import t
 
 matplotlib.use('Agg')
@@ -44,7 +45,7 @@ def main() -> None:
         parts.append(section(task, found, drawn))
     sizes = args.images / 'results_amd_sizes.png'
     draw_map_sizes(sizes)
-    parts += [map_sizes(sizes), papers()]
+    parts += [map_sizes(sizes), *cost_sections(args.results, args.images), papers()]
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(insert(args.page.read_text() if args.page.exists() else SURROUNDINGS.format(BEGIN, END),
                                 '\n\n'.join(parts)))
