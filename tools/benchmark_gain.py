@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from benchmarking import environment, last_checkpoint
 from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
 from mmengine.config import Config
@@ -279,7 +280,9 @@ def fit(config: dict, log: str) -> None:
         os.dup2(file.fileno(), 2)
     cfg = Config(config, format_python_code=False)  # formatting takes seconds
     add_safety_hooks(cfg)
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    runner.model.to(memory_format=torch.channels_last)  # saves a CPU a tenth of the time
+    runner.train()
 
 
 class Results:

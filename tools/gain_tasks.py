@@ -111,7 +111,7 @@ def fashion_cross() -> Task:
 
 
 def clothing() -> Task:
-    end = '_retinanet_r18-c16_clothing-600'
+    end = '_retinanet_r18-c16_clothing-300'
     dafa = dict(beta_init=0.1)
     around = sokd(3, 'boxes', dafa)
     feature, attention = (0.25, 0.5, 1.0, 2.0), (3.0, 10.0, 30.0, 100.0)

@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--num-train', type=int, default=2000, help='training images for detection')
     parser.add_argument('--num-tuning', type=int, default=200, help='images to tune on')
     parser.add_argument('--num-test', type=int, default=300, help='test images')
-    parser.add_argument('--image-size', type=int, default=96, help='side of an image in pixels')
+    parser.add_argument('--image-size', type=int, default=64, help='side of an image in pixels')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
 

@@ -15,7 +15,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(96, 96), keep_ratio=True),  # only notes the scale factor of 1
+    dict(type='Resize', scale=(64, 64), keep_ratio=True),  # only notes the scale factor of 1
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',

@@ -7,4 +7,4 @@ model = dict(
         type='mmkd_plugin.SoKDDistiller',
         layers=['backbone.layer1', 'backbone.layer2', 'backbone.layer3'],
         base=dict(type='mmkd_plugin.ReviewKDLoss'),
-        adapter=dict(mid_channels=32)))
+        adapter=dict(mid_channels=64)))

@@ -44,7 +44,7 @@ class Clothing(Source):
 
 
 def make_clothing(root: str | Path, fashion: str | Path, num_train: int = 2000, num_tuning: int = 200,
-                  num_test: int = 300, image_size: int = 96, seed: int = 0,
+                  num_test: int = 300, image_size: int = 64, seed: int = 0,
                   track: Callable[[list], Iterable] = iter) -> bool:
     """Writes the three splits under ``root`` from Fashion-MNIST unpacked in ``fashion``; see :func:`make_scenes`."""
     settings = dict(version=VERSION, num_train=num_train, num_tuning=num_tuning, num_test=num_test,

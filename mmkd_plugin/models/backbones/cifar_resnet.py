@@ -1,4 +1,6 @@
 """ResNets for images of 32 x 32."""
+from collections.abc import Sequence
+
 from mmpretrain.models.backbones import ResNet_CIFAR
 from mmpretrain.models.backbones.resnet import BasicBlock
 
@@ -24,6 +26,7 @@ class CIFARResNet(ResNet_CIFAR):
         depth: 8, 14, 20, ..., 110.
         stem_channels: of the first convolution.
         base_channels: of the first stage; each further one has twice as many.
+        strides: of the three stages.
         kwargs: as in ``ResNet_CIFAR``.
 
     Raises:
@@ -32,9 +35,10 @@ class CIFARResNet(ResNet_CIFAR):
 
     arch_settings = {6 * n + 2: (BasicBlock, (n, n, n)) for n in range(1, 19)}
 
-    def __init__(self, depth: int, stem_channels: int = 16, base_channels: int = 16, **kwargs) -> None:
+    def __init__(self, depth: int, stem_channels: int = 16, base_channels: int = 16,
+                 strides: Sequence[int] = (1, 2, 2), **kwargs) -> None:
         if depth not in self.arch_settings:
             raise ValueError(f'CIFARResNet.depth must be 6n + 2, from 8 to 110, got {depth!r}; '
                              f'{closest(depth, map(str, self.arch_settings))}')
         super().__init__(depth, stem_channels=stem_channels, base_channels=base_channels, num_stages=3,
-                         strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2, ), zero_init_residual=False, **kwargs)
+                         strides=strides, dilations=(1, 1, 1), out_indices=(2, ), zero_init_residual=False, **kwargs)

@@ -1,5 +1,5 @@
 # The student alone, but starting from the teacher's head and FPN convolutions: what inheriting gives by itself.
-_base_ = './retinanet_r18-c16_clothing-600.py'
+_base_ = './retinanet_r18-c16_clothing-300.py'
 
 model = dict(
     _delete_=True,

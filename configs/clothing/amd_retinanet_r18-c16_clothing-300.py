@@ -1,5 +1,5 @@
 # AMD as the paper has it at every level of the pyramid; the same features as AT.
-_base_ = './inherit_retinanet_r18-c16_clothing-600.py'
+_base_ = './inherit_retinanet_r18-c16_clothing-300.py'
 
 model = dict(
     distiller=dict(

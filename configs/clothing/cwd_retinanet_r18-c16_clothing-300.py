@@ -1,5 +1,5 @@
 # CWD at every level of the pyramid.
-_base_ = './inherit_retinanet_r18-c16_clothing-600.py'
+_base_ = './inherit_retinanet_r18-c16_clothing-300.py'
 
 model = dict(
     distiller=dict(
