@@ -92,23 +92,46 @@ def test_every_config_trains_for_an_epoch(path, data, teachers, tmp_path):
     assert bool(distilled) == ('teacher' in cfg.model and not path.stem.startswith('inherit'))
 
 
+def tune(benchmark, task):
+    """Results as if every row had been tuned, with the second of its weights the best."""
+    lines = []
+    for built_on_others in (False, True):
+        lines += [dict(row=run.row, seed=run.seed, fingerprint=run.fingerprint,
+                       metric=float(run.weight == task.rows[run.row].weights[1]))
+                  for run in benchmark.tuning_runs(task, lines, built_on_others)]
+    return lines
+
+
 def test_every_row_is_another_config(tool):
     benchmark = tool('benchmark_gain')
     for task in tool('gain_tasks').TASKS.values():
-        prints = {}
-        for name, row in task.rows.items():
-            weight = next(iter(row.weights or task.rows.get(row.weight_of or name).weights), None)
-            assert bool(row.weight) == (weight is not None)
-            assert row.base is None or row.base in task.rows
-            prints[name] = benchmark._run(task, name, row, 0, weight, 'test').fingerprint
-        assert len(set(prints.values())) == len(prints), prints
+        assert all(bool(row.weight) == bool(row.weights) for row in task.rows.values())
+        assert all(row.base in task.rows for name, row in task.rows.items() if name != 'student')
+        prints = {run.row: run.fingerprint for run in benchmark.reported_runs(task, tune(benchmark, task))}
+        assert len(set(prints.values())) == len(prints) == len(task.rows), prints
+
+
+def test_a_row_has_the_best_weights_of_what_it_is_built_on(tool):
+    benchmark, task = tool('benchmark_gain'), tool('gain_tasks').TASKS['fashion']
+    runs = {run.row: run for run in benchmark.reported_runs(task, tune(benchmark, task))}
+    base, dam = task.rows['fitnet'].weights[1], task.rows['sokd_fitnet'].weights[1]
+    for row, own in (('fitnet', base), ('sokd_fitnet', dam), ('no_anchor', None), ('no_dam', None)):
+        distiller = runs[row].config.model.distiller
+        assert runs[row].weight == own and distiller.base.loss_weight == base
+        if row in ('fitnet', 'no_dam'):
+            assert distiller.get('dam') is None
+        else:
+            assert (distiller.dam.detect_loss_weight, distiller.dam.area_loss_weight) == (dam, 3 * dam)
+    assert runs['no_anchor'].config.model.distiller.dam.anchor is None
+    assert runs['half'].config.model.distiller.dafa.beta_init == 0.5
+    with pytest.raises(ValueError, match='fitnet: weight 3 is not tuned with seed 100 yet'):
+        list(benchmark.tuning_runs(task, [], built_on_others=True))
 
 
 def test_tuning_sees_no_test_image_and_training_none_of_both(tool):
     benchmark = tool('benchmark_gain')
     for task in tool('gain_tasks').TASKS.values():
-        row = task.rows['fitnet']
-        tuning, test = (benchmark._run(task, 'fitnet', row, 1, 1.0, split).config for split in ('tuning', 'test'))
+        tuning, test = (benchmark._run(task, 'fitnet', 1, {}, None, split).config for split in ('tuning', 'test'))
         assert test.val_dataloader == test.test_dataloader == tuning.test_dataloader
         if 'ann_file' in tuning.val_evaluator:
             for cfg, split in ((tuning, 'tuning'), (test, 'test')):
@@ -143,15 +166,15 @@ def miniature(tool, data, monkeypatch, tmp_path):
     benchmark, tasks = tool('benchmark_gain'), tool('gain_tasks')
     configs = tmp_path / 'configs'
     configs.mkdir()
-    for name in ('resnet20_fashion_mnist', 'resnet8_fashion_mnist-500', 'fitnet_resnet8_fashion_mnist-500'):
+    for name in ('resnet20_fashion_mnist', 'resnet8_fashion_mnist-300', 'fitnet_resnet8_fashion_mnist-300'):
         cfg = small(Config.fromfile(ROOT / f'configs/fashion/{name}.py'), data)
         if 'teacher' in cfg.model:
             cfg.model.teacher.cfg_path = str(configs / 'resnet20_fashion_mnist.py')
         cfg.dump(configs / f'{name}.py')
     original = tasks.TASKS['fashion']
-    fitnet = tasks.Row('SoKD', 'fitnet_resnet8_fashion_mnist-500', 'student', 1, tasks.sokd(1, 'attention'),
+    fitnet = tasks.Row('SoKD', 'fitnet_resnet8_fashion_mnist-300', 'student', 1, tasks.sokd(1, 'attention'),
                        tasks.BASE, (1.0, 2.0))
-    student = tasks.Row('student alone', 'resnet8_fashion_mnist-500', seeds=1)
+    student = tasks.Row('student alone', 'resnet8_fashion_mnist-300', seeds=1)
     broken = dataclasses.replace(student, options={'optim_wrapper.optimizer.type': 'Nonsense'})
     rows = dict(student=student, sokd=fitnet, broken=broken)
     task = tasks.Task(original.title, str(configs), original.teacher, original.metric, original.unit, 1.0, rows)

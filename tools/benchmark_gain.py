@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -98,27 +98,41 @@ def run_task(name: str, args: argparse.Namespace) -> int:
     with results_file(args.results / f'{name}.jsonl') as results:
         train_teacher(task, place, results)
         teacher = last_checkpoint(place)
-        found = read(tuned)
-        runs = list(tuning_runs(task)) if args.tune else list(reported_runs(task, found))
-        runs = [run for run in runs if run.row in (args.rows or task.rows)
-                and (args.seeds is None or run.seed in args.seeds)]
         if not args.tune:
+            runs = [run for run in reported_runs(task, read(tuned)) if run.row in (args.rows or task.rows)
+                    and (args.seeds is None or run.seed in args.seeds)]
             return run_all(name, task, runs, teacher, folder, results, args.jobs)
+    failed = 0
     with results_file(tuned) as results:
-        return run_all(name, task, runs, teacher, folder, results, args.jobs)
+        for built_on_others in (False, True):  # these need the best weights of those
+            runs = [run for run in tuning_runs(task, read(tuned), built_on_others)
+                    if run.row in (args.rows or task.rows)]
+            failed += run_all(name, task, runs, teacher, folder, results, args.jobs)
+    return failed
 
 
 def teacher_run(task: Task) -> Run:
-    row = Row('teacher', task.teacher)
-    return _run(task, 'teacher', row, 0, None, 'test')
+    alone = replace(task, rows=dict(teacher=Row('teacher', task.teacher)))
+    return _run(alone, 'teacher', 0, {}, None, 'test')
 
 
-def tuning_runs(task: Task) -> Iterator[Run]:
-    """Yields the candidates of every row that is tuned, all rows of one seed before the next."""
-    for seed in TUNING_SEEDS:
-        for name, row in task.rows.items():
-            for weight in row.weights:
-                yield _run(task, name, row, seed, weight, 'tuning')
+def tuning_runs(task: Task, tuning: list[dict], built_on_others: bool) -> Iterator[Run]:
+    """Yields the candidates of the rows that are tuned and that have, or have not, weights of other rows too.
+
+    Raises:
+        ValueError: the tuning of another row is needed and not complete.
+    """
+    for name, row in task.rows.items():
+        if row.weights and bool(row.weights_of) == built_on_others:
+            for seed in TUNING_SEEDS:
+                yield from _candidates(task, name, tuning, seed)
+
+
+def _candidates(task: Task, name: str, tuning: list[dict], seed: int) -> Iterator[Run]:
+    row = task.rows[name]
+    given = best_options(task, row.weights_of, tuning) if row.weights_of else {}
+    for weight in row.weights:
+        yield _run(task, name, seed, {**given, **_weighted(row, weight)}, weight, 'tuning')
 
 
 def reported_runs(task: Task, tuning: list[dict]) -> Iterator[Run]:
@@ -127,8 +141,8 @@ def reported_runs(task: Task, tuning: list[dict]) -> Iterator[Run]:
     Raises:
         ValueError: the tuning of a row is not complete.
     """
-    weights = {name: best_weight(task, row.weight_of or name, tuning) for name, row in task.rows.items()}
-    runs = {name: _run(task, name, row, 0, weights[name], 'test') for name, row in task.rows.items()}
+    runs = {name: _run(task, name, 0, best_options(task, name, tuning), best_weight(task, name, tuning), 'test')
+            for name in task.rows}
     for seed in range(1, max(row.seeds for row in task.rows.values()) + 1):
         for name, row in task.rows.items():
             if seed <= row.seeds:
@@ -142,24 +156,38 @@ def best_weight(task: Task, name: str, tuning: list[dict]) -> float | None:
         ValueError: the row's tuning is not complete.
     """
     means = {}
-    for weight in task.rows[name].weights:
-        fingerprint = _run(task, name, task.rows[name], 0, weight, 'tuning').fingerprint
+    for run in _candidates(task, name, tuning, TUNING_SEEDS[0]):
         found = {line['seed']: line['metric'] for line in tuning
-                 if (line['row'], line['fingerprint']) == (name, fingerprint)}
+                 if (line['row'], line['fingerprint']) == (name, run.fingerprint)}
         missing = set(TUNING_SEEDS) - set(found)
         if missing:
-            raise ValueError(f'{name}: weight {weight:g} is not tuned with seed {min(missing)} yet; run '
+            raise ValueError(f'{name}: weight {run.weight:g} is not tuned with seed {min(missing)} yet; run '
                              'tools/benchmark_gain.py --tune first')
-        means[weight] = statistics.fmean(found.values())
+        means[run.weight] = statistics.fmean(found.values())
     return max(means, key=means.get) if means else None
 
 
-def _run(task: Task, name: str, row: Row, seed: int, weight: float | None, split: str) -> Run:
+def best_options(task: Task, name: str, tuning: list[dict]) -> dict[str, float]:
+    """Returns the options of a row's best weights, those of the row that it is built on included.
+
+    Raises:
+        ValueError: the tuning of one of them is not complete.
+    """
+    row = task.rows[name]
+    given = best_options(task, row.weights_of, tuning) if row.weights_of else {}
+    return {**given, **(_weighted(row, best_weight(task, name, tuning)) if row.weights else {})}
+
+
+def _weighted(row: Row, weight: float) -> dict[str, float]:
+    return {option: factor * weight for option, factor in row.weight.items()}
+
+
+def _run(task: Task, name: str, seed: int, weights: dict[str, float], weight: float | None, split: str) -> Run:
+    """The run of a row with these options for weights, ``weight`` being the row's own."""
+    row = task.rows[name]
     cfg = _load(Path(task.folder) / f'{row.config}.py').copy()
-    options = dict(row.options)
-    if weight is not None:
-        options.update(dict.fromkeys(row.weight, weight))
-    cfg.merge_from_dict(options)
+    cfg.merge_from_dict(weights)
+    cfg.merge_from_dict(row.options)  # after the weights, of which an ablation may take the whole place
     if split == 'test':
         cfg.val_dataloader, cfg.val_evaluator = cfg.test_dataloader, cfg.test_evaluator
     return _with_seed(Run(name, seed, weight, cfg, fingerprint(cfg)), seed)

@@ -9,17 +9,17 @@ CLAIM, OTHER = 10, 3  # seeds of a row that carries a claim, and of one that exp
 class Row:
     """One way to train the student.
 
-    A distillation row is tuned by trying each of ``weights`` on the tuning split with the tuning seeds, unless it is
-    one change away from another, whose weight it then takes.
+    A row with a weight of its own is tuned by trying each of ``weights`` on the tuning split with the tuning seeds.
+    What is built on another row, or is one change away from it, has that row's best weights too.
     """
     label: str
     config: str  # file in the task's folder, without .py
     base: str | None = None  # the row that it is compared with
     seeds: int = CLAIM
     options: dict = field(default_factory=dict)  # as --cfg-options
-    weight: tuple[str, ...] = ()  # options that hold the weight of the distillation
+    weight: dict[str, float] = field(default_factory=dict)  # options that hold the weight, times these factors
     weights: tuple[float, ...] = ()  # to try
-    weight_of: str | None = None  # the row whose weight it takes
+    weights_of: str | None = None  # the row whose best weights it takes before its own
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Task:
     rows: dict[str, Row]
 
 
-def sokd(search_epochs: int, anchor: str | None, dafa: dict | None = None, **dam) -> dict:
+def sokd(search_epochs: int, anchor: str | None, beta_init: float = 0.1, **dam) -> dict:
     """The options that put SoKD around a row's base."""
     return {
-        'model.distiller.dafa': dafa or {},
+        'model.distiller.dafa': dict(beta_init=beta_init),
         'model.distiller.dam': dict(anchor=anchor, **dam),
         'optim_wrapper.constructor': 'mmkd_plugin.PolicyOptimWrapperConstructor',
         'optim_wrapper.policy': dict(type='Adam', lr=1e-2, betas=(0.5, 0.999)),
@@ -45,52 +45,61 @@ def sokd(search_epochs: int, anchor: str | None, dafa: dict | None = None, **dam
     }
 
 
-BASE = ('model.distiller.base.loss_weight', )
-KD = ('model.distiller.distill_losses.loss_kd.loss_weight', )
+BASE = {'model.distiller.base.loss_weight': 1.0}
+KD = {'model.distiller.distill_losses.loss_kd.loss_weight': 1.0}
+DAM = {'model.distiller.dam.detect_loss_weight': 1.0, 'model.distiller.dam.area_loss_weight': 3.0}  # as its defaults
 FREE = {'model.distiller.base.scale_free': True}
 
 
-def fashion() -> Task:
-    end = '_resnet8_fashion_mnist-500'
-    around = sokd(12, 'attention')
-    feature, attention = (3.0, 10.0, 30.0, 100.0, 300.0), (100.0, 300.0, 1e3, 3e3, 1e4)
-    review = (1.0, 3.0, 10.0, 30.0, 100.0)
-    paper, free = (100.0, 300.0, 1e3, 3e3, 1e4), (0.1, 0.3, 1.0, 3.0, 10.0)
+def ablations(config: str, search_epochs: int, anchor: str, of: str = 'sokd_fitnet') -> dict[str, Row]:
+    """What becomes of SoKD on FitNet, the row ``of``, when one thing is otherwise; ``config`` is FitNet's."""
+    changes = dict(
+        no_dafa=('without DAFA', {'model.distiller.dam': dict(anchor=anchor)}),
+        no_dam=('without DAM', {**sokd(search_epochs, anchor), 'model.distiller.dam': None}),
+        no_anchor=('without anchor', sokd(search_epochs, None)),
+        random=('policy not learned', sokd(0, anchor)),
+        half=('operations start at 0.5', sokd(search_epochs, anchor, beta_init=0.5)),
+        region_student=('areas of the student', sokd(search_epochs, anchor, region='student')),
+        region_teacher=('areas of the teacher', sokd(search_epochs, anchor, region='teacher')))
+    return {name: Row(f'SoKD on FitNet, {label}', config, of, OTHER, options, weights_of=of)
+            for name, (label, options) in changes.items()}
 
-    def row(label: str, config: str, base: str = 'student', weight: tuple[str, ...] = BASE, **kwargs) -> Row:
+
+def fashion() -> Task:
+    end = '_resnet8_fashion_mnist-300'
+    feature, attention, review = (3.0, 12.0, 50.0, 200.0), (100.0, 500.0, 2500.0, 12500.0), (1.0, 4.0, 16.0, 64.0)
+    paper, free, dam = attention, (0.1, 0.4, 1.6, 6.4), (1.0, 4.0, 16.0, 64.0)
+
+    def row(label: str, config: str, base: str = 'student', weight: dict[str, float] = BASE, **kwargs) -> Row:
         return Row(label, config + end, base, weight=weight, **kwargs)
 
-    def part(label: str, of: str = 'sokd_fitnet', config: str = 'fitnet', **kwargs) -> Row:
-        return row(label, config, of, seeds=OTHER, weight_of=of, **kwargs)
+    def around(label: str, of: str, **kwargs) -> Row:
+        return row(f'SoKD on {label}', of, of, DAM, weights=dam, weights_of=of, options=sokd(10, 'attention'), **kwargs)
 
     rows = dict(
         student=Row('student alone', end[1:]),
-        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 160}),
-        inherited=row('student alone, inherited head', 'inherit', weight=()),
-        kd=row('KD', 'kd', weight=KD, weights=(0.3, 1.0, 3.0, 10.0, 30.0)),
+        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 120}),
+        inherited=row('student alone, inherited head', 'inherit', weight={}, seeds=OTHER),
+        kd=row('KD', 'kd', weight=KD, weights=(0.3, 1.0, 3.0, 10.0), seeds=OTHER),
         fitnet=row('FitNet', 'fitnet', weights=feature),
         at=row('AT', 'at', weights=attention),
         reviewkd=row('ReviewKD', 'reviewkd', weights=review),
         amd=row('AMD, paper form', 'amd', 'at', weights=paper),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
-        amd_kd=row('AMD + KD', 'amd-kd', 'kd', weight=('model.distiller.amd.loss_weight', ), weights=paper),
-        sokd_fitnet=row('SoKD on FitNet', 'fitnet', 'fitnet', weights=feature, options=around),
-        sokd_at=row('SoKD on AT', 'at', 'at', weights=attention, options=around),
-        sokd_reviewkd=row('SoKD on ReviewKD', 'reviewkd', 'reviewkd', weights=review, options=around),
-        sokd_amd=row('SoKD on AMD', 'amd', 'amd', weights=paper, options=around),
-        margin_1=part('AMD, margin 1', 'amd', 'amd', options={'model.distiller.base.margin': 1.0}),
-        no_dafa=part('SoKD on FitNet without DAFA', options={'model.distiller.dam': dict(anchor='attention')}),
-        no_dam=part('SoKD on FitNet without DAM', options={**around, 'model.distiller.dam': None}),
-        no_anchor=part('SoKD on FitNet without anchor', options=sokd(12, None)),
-        random=part('SoKD on FitNet, policy not learned', options=sokd(0, 'attention')),
-        region_student=part('SoKD on FitNet, areas of the student', options=sokd(12, 'attention', region='student')),
-        region_teacher=part('SoKD on FitNet, areas of the teacher', options=sokd(12, 'attention', region='teacher')))
+        amd_kd=row('AMD + KD', 'amd-kd', 'kd', {'model.distiller.amd.loss_weight': 1.0}, weights=paper, seeds=OTHER),
+        sokd_fitnet=around('FitNet', 'fitnet'),
+        sokd_at=around('AT', 'at'),
+        sokd_reviewkd=around('ReviewKD', 'reviewkd'),
+        sokd_amd=around('AMD', 'amd'),
+        margin_1=row('AMD, paper form, margin 1', 'amd', 'amd', {}, seeds=OTHER, weights_of='amd',
+                     options={'model.distiller.base.margin': 1.0}),
+        **ablations('fitnet' + end, 10, 'attention'))
     return Task('Fashion-MNIST, ResNet-20 to ResNet-8', 'configs/fashion', 'resnet20_fashion_mnist',
                 'accuracy/top1', 'top-1 accuracy (%)', 1.0, rows)
 
 
 def fashion_cross() -> Task:
-    end = '_repvgg_fashion_mnist-500'
+    end = '_repvgg_fashion_mnist-300'
     same = fashion().rows
 
     def row(name: str, config: str, base: str = 'student') -> Row:
@@ -112,42 +121,37 @@ def fashion_cross() -> Task:
 
 def clothing() -> Task:
     end = '_retinanet_r18-c16_clothing-300'
-    dafa = dict(beta_init=0.1)
-    around = sokd(3, 'boxes', dafa)
-    feature, attention = (0.25, 0.5, 1.0, 2.0), (3.0, 10.0, 30.0, 100.0)
-    paper, free = (1.0, 3.0, 10.0, 30.0), (0.03, 0.1, 0.3, 1.0)
+    feature, attention = (0.2, 0.6, 2.0, 6.0), (3.0, 10.0, 30.0, 100.0)
+    paper, free, dam = (1.0, 10.0, 100.0, 1e3), (0.03, 0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0)
     other = (0.3, 1.0, 3.0, 10.0)
 
-    def row(label: str, config: str, base: str = 'inherited', weight: tuple[str, ...] = BASE, **kwargs) -> Row:
+    def row(label: str, config: str, base: str = 'inherited', weight: dict[str, float] = BASE, **kwargs) -> Row:
         return Row(label, config + end, base, weight=weight, **kwargs)
 
-    def part(label: str, of: str = 'sokd_fitnet', config: str = 'fitnet', **kwargs) -> Row:
-        return row(label, config, of, seeds=OTHER, weight_of=of, **kwargs)
+    def around(label: str, of: str, **options) -> Row:
+        return row(f'SoKD on {label}', of.removesuffix('_free'), of, DAM, weights=dam, weights_of=of,
+                   options={**sokd(2, 'boxes'), **options})
 
-    mgd = tuple(f'model.distiller.distill_losses.loss_mgd_{i}.alpha_mgd' for i in range(3))
+    mgd = {f'model.distiller.distill_losses.loss_mgd_{i}.alpha_mgd': 1.0 for i in range(3)}
     rows = dict(
         student=Row('student alone', end[1:]),
-        inherited=row('student alone, inherited start', 'inherit', 'student', weight=()),
+        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 24}),
+        inherited=row('student alone, inherited start', 'inherit', 'student', {}),
         fitnet=row('FitNet', 'fitnet', weights=feature),
         at=row('AT', 'at', weights=attention),
         cwd=row('CWD', 'cwd', weights=other, seeds=OTHER),
         pkd=row('PKD', 'pkd', weights=other, seeds=OTHER),
         mgd=row('MGD', 'mgd', weight=mgd, weights=(3e-4, 1e-3, 3e-3, 1e-2), seeds=OTHER),
         reviewkd=row('ReviewKD', 'reviewkd', weights=other),
-        amd=row('AMD, paper form', 'amd', 'at', weights=paper),
+        amd=row('AMD, paper form', 'amd', 'at', weights=paper, seeds=OTHER),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
-        sokd_fitnet=row('SoKD on FitNet', 'fitnet', 'fitnet', weights=feature, options=around),
-        sokd_at=row('SoKD on AT', 'at', 'at', weights=attention, options=around),
-        sokd_reviewkd=row('SoKD on ReviewKD', 'reviewkd', 'reviewkd', weights=other, options=around),
-        sokd_amd=row('SoKD on AMD', 'amd', 'amd_free', weights=free, options={**FREE, **around}),
-        margin_1=part('AMD, scale-free, margin 1', 'amd_free', 'amd',
-                      options={**FREE, 'model.distiller.base.margin': 1.0}),
-        no_dafa=part('SoKD on FitNet without DAFA', options={'model.distiller.dam': dict(anchor='boxes')}),
-        no_dam=part('SoKD on FitNet without DAM', options={**around, 'model.distiller.dam': None}),
-        no_anchor=part('SoKD on FitNet without anchor', options=sokd(3, None, dafa)),
-        random=part('SoKD on FitNet, policy not learned', options=sokd(0, 'boxes', dafa)),
-        region_student=part('SoKD on FitNet, areas of the student', options=sokd(3, 'boxes', dafa, region='student')),
-        region_teacher=part('SoKD on FitNet, areas of the teacher', options=sokd(3, 'boxes', dafa, region='teacher')))
+        sokd_fitnet=around('FitNet', 'fitnet'),
+        sokd_at=around('AT', 'at'),
+        sokd_reviewkd=around('ReviewKD', 'reviewkd'),
+        sokd_amd=around('AMD, scale-free', 'amd_free', **FREE),
+        margin_1=row('AMD, scale-free, margin 1', 'amd', 'amd_free', {}, seeds=OTHER, weights_of='amd_free',
+                     options={**FREE, 'model.distiller.base.margin': 1.0}),
+        **ablations('fitnet' + end, 2, 'boxes'))
     return Task('Clothing detection, RetinaNet R18 of width 32 to width 16', 'configs/clothing',
                 'retinanet_r18-c32_clothing', 'coco/bbox_mAP', 'AP (%)', 100.0, rows)
 

@@ -1,5 +1,5 @@
 # FitNet from ResNet-20's third stage to RepVGG's fourth, which has its stride.
-_base_ = './kd_repvgg_fashion_mnist-500.py'
+_base_ = './kd_repvgg_fashion_mnist-300.py'
 
 model = dict(
     distiller=dict(

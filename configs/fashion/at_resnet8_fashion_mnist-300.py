@@ -1,5 +1,5 @@
 # AT at all three stages.
-_base_ = './inherit_resnet8_fashion_mnist-500.py'
+_base_ = './inherit_resnet8_fashion_mnist-300.py'
 
 model = dict(
     inherit=[],

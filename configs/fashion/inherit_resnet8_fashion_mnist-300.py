@@ -1,5 +1,5 @@
 # The student alone, but starting from the teacher's linear classifier: what inheriting gives by itself.
-_base_ = './resnet8_fashion_mnist-500.py'
+_base_ = './resnet8_fashion_mnist-300.py'
 
 model = dict(
     _delete_=True,

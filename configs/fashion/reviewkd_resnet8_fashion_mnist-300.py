@@ -1,5 +1,5 @@
 # ReviewKD over all three stages.
-_base_ = './inherit_resnet8_fashion_mnist-500.py'
+_base_ = './inherit_resnet8_fashion_mnist-300.py'
 
 model = dict(
     inherit=[],

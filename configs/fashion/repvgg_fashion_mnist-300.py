@@ -1,5 +1,5 @@
 # The student of another architecture: a RepVGG of four stages, without the teacher's residual blocks.
-_base_ = './resnet8_fashion_mnist-500.py'
+_base_ = './resnet8_fashion_mnist-300.py'
 
 model = dict(
     backbone=dict(

@@ -1,5 +1,5 @@
 # AT from ResNet-20's last two stages to those of RepVGG that have their strides.
-_base_ = './kd_repvgg_fashion_mnist-500.py'
+_base_ = './kd_repvgg_fashion_mnist-300.py'
 
 model = dict(
     distiller=dict(

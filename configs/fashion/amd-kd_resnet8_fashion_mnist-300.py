@@ -1,5 +1,5 @@
 # AMD with KD at all three stages, the paper's objective.
-_base_ = ['./inherit_resnet8_fashion_mnist-500.py', '../_base_/amd_kd.py']
+_base_ = ['./inherit_resnet8_fashion_mnist-300.py', '../_base_/amd_kd.py']
 
 model = dict(
     inherit=[],

@@ -1,5 +1,5 @@
 # FitNet at the third stage.
-_base_ = './inherit_resnet8_fashion_mnist-500.py'
+_base_ = './inherit_resnet8_fashion_mnist-300.py'
 
 model = dict(
     inherit=[],
