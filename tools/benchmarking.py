@@ -106,8 +106,9 @@ def peak_memory(call: Callable[[], object], device: str = 'cpu') -> int:
 
 def environment(device: str) -> dict:
     """Returns what a figure depends on besides the code."""
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=7'], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
+    commit = _git('describe', '--always', '--abbrev=7')
+    if _git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!docs'):  # docs hold the results themselves
+        commit += '-dirty'
     return dict(
         device=torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else _cpu_name(),
         threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__, mmengine=mmengine.__version__,
@@ -128,6 +129,11 @@ def last_checkpoint(work_dir: Path) -> Path:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * len(header), *rows])
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(['git', *arguments], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent).stdout.strip()
 
 
 def _cpu_name() -> str:
