@@ -75,10 +75,10 @@ def test_the_plain_loss_is_the_papers(tool):
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in losses))
 
 
-def test_benchmark_loss(run, tmp_path):
-    output = run('benchmark_loss', '--maps', '64x32x32', '4x16x16', '--rounds', 2, '--out', tmp_path / 'loss.json',
+def test_benchmark_loss(run, tool, tmp_path):
+    output = run('benchmark_loss', '--maps', '64x32x32', '4x16x16', '--rounds', 2, '--out', tmp_path / 'loss_1.json',
                  '--plot', tmp_path / 'loss.png')
-    large, small = json.loads((tmp_path / 'loss.json').read_text())['maps']
+    large, small = json.loads((tmp_path / 'loss_1.json').read_text())['maps']
     assert large['map_bytes'] == 2 * 64 * 32 * 32 * 4
     assert 0 < large['arms']['floor']['peak_bytes'] - large['map_bytes'] < 100  # the gradient, and scalars
     for name in ('amd', 'amd scale-free'):
@@ -86,14 +86,17 @@ def test_benchmark_loss(run, tmp_path):
         assert len(large['arms'][name]['seconds']) == 2
     assert output.count('| 2 x 4 x 16 x 16 |') == len(small['arms']) == 4
     assert (tmp_path / 'loss.png').stat().st_size > 0
+    text = '\n'.join(tool('report_cost').sections(tmp_path, tmp_path))
+    assert output.splitlines()[-1] in text and 'benchmark_loss --maps 64x32x32 4x16x16 --rounds 2' in text
+    assert '(images/results_loss_1.png)' in text and (tmp_path / 'results_loss_1.png').stat().st_size > 0
 
 
 def test_benchmark_step(run, tool, monkeypatch, tmp_path):
     monkeypatch.setattr(tool('benchmark_step'), 'MEMORY_STEPS', 1)
     output = run('benchmark_step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--rounds', 2, '--arms', 'amd',
                  'amd_amp', 'sokd_search', 'sokd_frozen', 'sokd_base', 'cwd', '--sub-policies', 1, 36, '--clock', 'cpu',
-                 '--out', tmp_path / 'step.json', '--plot', tmp_path / 'step.png')
-    found = json.loads((tmp_path / 'step.json').read_text())
+                 '--out', tmp_path / 'step_1.json', '--plot', tmp_path / 'step.png')
+    found = json.loads((tmp_path / 'step_1.json').read_text())
     arms = [(figure['arm'], figure['settings']['sub_policies']) for figure in found['arms']]
     assert arms == [('floor', 1), ('amd', 1), ('amd_amp', 1), ('sokd_search', 1), ('sokd_search', 36),
                     ('sokd_frozen', 1), ('sokd_frozen', 36), ('sokd_base', 1), ('cwd', 1)]
@@ -108,6 +111,9 @@ def test_benchmark_step(run, tool, monkeypatch, tmp_path):
                      ('sokd_search', 'sokd_frozen', 1), ('sokd_search', 'sokd_frozen', 36)]
     assert output.count('reached') + output.count('MISSED') == 2 * 5 + 2
     assert (tmp_path / 'step.png').stat().st_size > 0
+    text = '\n'.join(tool('report_cost').sections(tmp_path, tmp_path))
+    assert output.splitlines()[-1] in text and '### ResNet34 to ResNet18 against sub-policies' in text
+    assert '(images/results_step_1.png)' in text and (tmp_path / 'results_step_1.png').stat().st_size > 0
 
 
 def test_a_step_that_cannot_be_is_one_sentence(run):
