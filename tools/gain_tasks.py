@@ -83,14 +83,14 @@ def fashion() -> Task:
         kd=row('KD', 'kd', weight=KD, weights=(0.3, 1.0, 3.0, 10.0), seeds=OTHER),
         fitnet=row('FitNet', 'fitnet', weights=feature),
         at=row('AT', 'at', weights=attention),
-        reviewkd=row('ReviewKD', 'reviewkd', weights=review),
+        reviewkd=row('ReviewKD', 'reviewkd', weights=review, seeds=OTHER),
         amd=row('AMD, paper form', 'amd', 'at', weights=paper),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
         amd_kd=row('AMD + KD', 'amd-kd', 'kd', {'model.distiller.amd.loss_weight': 1.0}, weights=paper, seeds=OTHER),
         sokd_fitnet=around('FitNet', 'fitnet'),
-        sokd_at=around('AT', 'at'),
-        sokd_reviewkd=around('ReviewKD', 'reviewkd'),
-        sokd_amd=around('AMD', 'amd'),
+        sokd_at=around('AT', 'at', seeds=OTHER),
+        sokd_reviewkd=around('ReviewKD', 'reviewkd', seeds=OTHER),
+        sokd_amd=around('AMD', 'amd', seeds=OTHER),
         margin_1=row('AMD, paper form, margin 1', 'amd', 'amd', {}, seeds=OTHER, weights_of='amd',
                      options={'model.distiller.base.margin': 1.0}),
         **ablations('fitnet' + end, 10, 'attention'))
@@ -128,9 +128,9 @@ def clothing() -> Task:
     def row(label: str, config: str, base: str = 'inherited', weight: dict[str, float] = BASE, **kwargs) -> Row:
         return Row(label, config + end, base, weight=weight, **kwargs)
 
-    def around(label: str, of: str, **options) -> Row:
+    def around(label: str, of: str, options: dict | None = None, **kwargs) -> Row:
         return row(f'SoKD on {label}', of.removesuffix('_free'), of, DAM, weights=dam, weights_of=of,
-                   options={**sokd(2, 'boxes'), **options})
+                   options={**sokd(2, 'boxes'), **(options or {})}, **kwargs)
 
     mgd = {f'model.distiller.distill_losses.loss_mgd_{i}.alpha_mgd': 1.0 for i in range(3)}
     rows = dict(
@@ -142,13 +142,13 @@ def clothing() -> Task:
         cwd=row('CWD', 'cwd', weights=other, seeds=OTHER),
         pkd=row('PKD', 'pkd', weights=other, seeds=OTHER),
         mgd=row('MGD', 'mgd', weight=mgd, weights=(3e-4, 1e-3, 3e-3, 1e-2), seeds=OTHER),
-        reviewkd=row('ReviewKD', 'reviewkd', weights=other),
+        reviewkd=row('ReviewKD', 'reviewkd', weights=other, seeds=OTHER),
         amd=row('AMD, paper form', 'amd', 'at', weights=paper, seeds=OTHER),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
         sokd_fitnet=around('FitNet', 'fitnet'),
-        sokd_at=around('AT', 'at'),
-        sokd_reviewkd=around('ReviewKD', 'reviewkd'),
-        sokd_amd=around('AMD, scale-free', 'amd_free', **FREE),
+        sokd_at=around('AT', 'at', seeds=OTHER),
+        sokd_reviewkd=around('ReviewKD', 'reviewkd', seeds=OTHER),
+        sokd_amd=around('AMD, scale-free', 'amd_free', FREE, seeds=OTHER),
         margin_1=row('AMD, scale-free, margin 1', 'amd', 'amd_free', {}, seeds=OTHER, weights_of='amd_free',
                      options={**FREE, 'model.distiller.base.margin': 1.0}),
         **ablations('fitnet' + end, 2, 'boxes'))
