@@ -134,12 +134,14 @@ def section(task: Task, found: Found, drawn: dict[str, Path]) -> str:
         ('curves', 'Learning curves, mean over seeds'),
         ('policy', 'How often the policy applies each operation, over the search')) if drawn[kind].exists()]
     candidates = {len(row.weights) for row in task.rows.values() if row.weights}
+    tuning_seeds = ', '.join(map(str, TUNING_SEEDS))
     return '\n\n'.join([
         f'## {task.title}',
         f'Mean and standard deviation of {task.unit}, over seeds; difference to the row\'s base within seeds with its '
-        f'95% interval by Student\'s t. Every row with a weight was tuned alike: {", ".join(map(str, candidates))} '
-        f'weights with seeds {", ".join(map(str, TUNING_SEEDS))} on a split of its own; rows that are one change away '
-        'from another have its weight. The reported seeds ran once, on test images that nothing was chosen by.',
+        f'95% interval by Student\'s t. Every row with a weight of its own was tuned alike: '
+        f'{", ".join(map(str, candidates))} weights with seed {tuning_seeds} on a split of its own. SoKD keeps its '
+        'base\'s best weight, and its own is that of DAM; a row that is one change away from another has its '
+        'weights. The reported seeds ran once, on test images that nothing was chosen by.',
         table(task, found),
         f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {told}.',
         *pictures])
