@@ -67,8 +67,8 @@ def ablations(config: str, search_epochs: int, anchor: str, of: str = 'sokd_fitn
 
 def fashion() -> Task:
     end = '_resnet8_fashion_mnist-300'
-    feature, attention, review = (3.0, 12.0, 50.0, 200.0), (100.0, 500.0, 2500.0, 12500.0), (1.0, 4.0, 16.0, 64.0)
-    paper, free, dam = attention, (0.1, 0.4, 1.6, 6.4), (1.0, 4.0, 16.0, 64.0)
+    feature, attention, review = (3.0, 12.0, 50.0, 200.0), (100.0, 500.0, 2500.0, 12500.0), (4.0, 16.0, 64.0, 256.0)
+    paper, free, dam = attention, (0.4, 1.6, 6.4, 25.6), (1.0, 4.0, 16.0, 64.0)
 
     def row(label: str, config: str, base: str = 'student', weight: dict[str, float] = BASE, **kwargs) -> Row:
         return Row(label, config + end, base, weight=weight, **kwargs)
@@ -80,7 +80,7 @@ def fashion() -> Task:
         student=Row('student alone', end[1:]),
         longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 120}),
         inherited=row('student alone, inherited head', 'inherit', weight={}, seeds=OTHER),
-        kd=row('KD', 'kd', weight=KD, weights=(0.3, 1.0, 3.0, 10.0), seeds=OTHER),
+        kd=row('KD', 'kd', weight=KD, weights=(1.0, 3.0, 10.0, 30.0), seeds=OTHER),
         fitnet=row('FitNet', 'fitnet', weights=feature),
         at=row('AT', 'at', weights=attention),
         reviewkd=row('ReviewKD', 'reviewkd', weights=review, seeds=OTHER),
