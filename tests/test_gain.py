@@ -107,13 +107,13 @@ def test_every_row_is_another_config(tool):
     for task in tool('gain_tasks').TASKS.values():
         assert all(bool(row.weight) == bool(row.weights) for row in task.rows.values())
         assert all(row.base in task.rows for name, row in task.rows.items() if name != 'student')
-        prints = {run.row: run.fingerprint for run in benchmark.reported_runs(task, tune(benchmark, task))}
+        prints = {run.row: run.fingerprint for run in benchmark.reported_runs(task, tune(benchmark, task), task.rows)}
         assert len(set(prints.values())) == len(prints) == len(task.rows), prints
 
 
 def test_a_row_has_the_best_weights_of_what_it_is_built_on(tool):
     benchmark, task = tool('benchmark_gain'), tool('gain_tasks').TASKS['fashion']
-    runs = {run.row: run for run in benchmark.reported_runs(task, tune(benchmark, task))}
+    runs = {run.row: run for run in benchmark.reported_runs(task, tune(benchmark, task), task.rows)}
     base, dam = task.rows['fitnet'].weights[1], task.rows['sokd_fitnet'].weights[1]
     for row, own in (('fitnet', base), ('sokd_fitnet', dam), ('no_anchor', None), ('no_dam', None)):
         distiller = runs[row].config.model.distiller
@@ -223,6 +223,7 @@ def test_a_miniature_from_tuning_to_report(miniature, tool, capsys, tmp_path):
 
     task = benchmark.TASKS['miniature']
     current = report.current(task, benchmark.read(results), benchmark.read(tuning))
+    assert set(report.current(task, benchmark.read(results), [])) == {'teacher', 'student'}  # not tuned, not reported
     stale = [dict(line, fingerprint='other') for line in benchmark.read(results)]
     assert current == report.current(task, benchmark.read(results) + stale, benchmark.read(tuning))
     for kind in ('bars', 'curves', 'policy'):

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -100,8 +100,8 @@ def run_task(name: str, args: argparse.Namespace) -> int:
         train_teacher(task, place, results)
         teacher = last_checkpoint(place)
         if not args.tune:
-            runs = [run for run in reported_runs(task, read(tuned)) if run.row in (args.rows or task.rows)
-                    and (args.seeds is None or run.seed in args.seeds)]
+            runs = [run for run in reported_runs(task, read(tuned), args.rows or task.rows)
+                    if args.seeds is None or run.seed in args.seeds]
             return run_all(name, task, runs, teacher, folder, results, args.jobs)
     failed = 0
     with results_file(tuned) as results:
@@ -136,16 +136,17 @@ def _candidates(task: Task, name: str, tuning: list[dict], seed: int) -> Iterato
         yield _run(task, name, seed, {**given, **_weighted(row, weight)}, weight, 'tuning')
 
 
-def reported_runs(task: Task, tuning: list[dict]) -> Iterator[Run]:
-    """Yields the runs that count, all rows of one seed before the next.
+def reported_runs(task: Task, tuning: list[dict], names: Collection[str]) -> Iterator[Run]:
+    """Yields the runs that count of these rows, all of one seed before the next.
 
     Raises:
         ValueError: the tuning of a row is not complete.
     """
+    rows = {name: row for name, row in task.rows.items() if name in names}
     runs = {name: _run(task, name, 0, best_options(task, name, tuning), best_weight(task, name, tuning), 'test')
-            for name in task.rows}
-    for seed in range(1, max(row.seeds for row in task.rows.values()) + 1):
-        for name, row in task.rows.items():
+            for name in rows}
+    for seed in range(1, max(row.seeds for row in rows.values()) + 1):
+        for name, row in rows.items():
             if seed <= row.seeds:
                 yield _with_seed(runs[name], seed)
 

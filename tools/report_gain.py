@@ -4,6 +4,7 @@ What stands outside the marks stays. Of every row only runs of its present confi
 """
 import argparse
 import statistics
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
@@ -65,8 +66,11 @@ def insert(page: str, text: str) -> str:
 
 
 def current(task: Task, lines: list[dict], tuning: list[dict]) -> Found:
-    """Returns the lines whose fingerprint is that of the present configs and weights."""
-    runs = {run.key for run in [teacher_run(task), *reported_runs(task, tuning)]}
+    """Returns the lines whose fingerprint is that of the present configs and weights; none of a row not tuned yet."""
+    runs = {teacher_run(task).key}
+    for name in task.rows:
+        with suppress(ValueError):
+            runs.update(run.key for run in reported_runs(task, tuning, [name]))
     found: Found = {}
     for line in lines:
         if (line['row'], line['seed'], line['fingerprint']) in runs:
