@@ -130,12 +130,12 @@ def clothing() -> Task:
 
     def around(label: str, of: str, options: dict | None = None, **kwargs) -> Row:
         return row(f'SoKD on {label}', of.removesuffix('_free'), of, DAM, weights=dam, weights_of=of,
-                   options={**sokd(2, 'boxes'), **(options or {})}, **kwargs)
+                   options={**sokd(3, 'boxes'), **(options or {})}, **kwargs)
 
     mgd = {f'model.distiller.distill_losses.loss_mgd_{i}.alpha_mgd': 1.0 for i in range(3)}
     rows = dict(
         student=Row('student alone', end[1:]),
-        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 24}),
+        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 36}),
         inherited=row('student alone, inherited start', 'inherit', 'student', {}),
         fitnet=row('FitNet', 'fitnet', weights=feature),
         at=row('AT', 'at', weights=attention),
@@ -151,7 +151,7 @@ def clothing() -> Task:
         sokd_amd=around('AMD, scale-free', 'amd_free', FREE, seeds=OTHER),
         margin_1=row('AMD, scale-free, margin 1', 'amd', 'amd_free', {}, seeds=OTHER, weights_of='amd_free',
                      options={**FREE, 'model.distiller.base.margin': 1.0}),
-        **ablations('fitnet' + end, 2, 'boxes'))
+        **ablations('fitnet' + end, 3, 'boxes'))
     return Task('Clothing detection, RetinaNet R18 of width 32 to width 16', 'configs/clothing',
                 'retinanet_r18-c32_clothing', 'coco/bbox_mAP', 'AP (%)', 100.0, rows)
 
