@@ -28,6 +28,7 @@ def _step(path: Path, images: Path) -> str:
     varied, title = found['varied'], found['title']
     if varied:
         title += f' against {benchmark_step.LABELS[varied]}'
+    title += f', torch {found["environment"]["torch"].split("+")[0]}'
     parts = [f'### {title}', _measured(found), benchmark_step.report(found['arms'], found['goals'], varied)]
     if varied:
         picture = images / f'results_{path.stem}.png'
