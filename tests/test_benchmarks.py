@@ -112,7 +112,8 @@ def test_benchmark_step(run, tool, monkeypatch, tmp_path):
     assert output.count('reached') + output.count('MISSED') == 2 * 5 + 2
     assert (tmp_path / 'step.png').stat().st_size > 0
     text = '\n'.join(tool('report_cost').sections(tmp_path, tmp_path))
-    assert output.splitlines()[-1] in text and '### ResNet34 to ResNet18 against sub-policies, torch' in text
+    row, = (line for line in output.splitlines() if line.startswith('| cwd |'))
+    assert row in text and '### ResNet34 to ResNet18 against sub-policies, torch' in text
     assert '(images/results_step_1.png)' in text and (tmp_path / 'results_step_1.png').stat().st_size > 0
 
 

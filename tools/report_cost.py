@@ -29,7 +29,8 @@ def _step(path: Path, images: Path) -> str:
     if varied:
         title += f' against {benchmark_step.LABELS[varied]}'
     title += f', torch {found["environment"]["torch"].split("+")[0]}'
-    parts = [f'### {title}', _measured(found), benchmark_step.report(found['arms'], found['goals'], varied)]
+    goals = [] if varied else found['goals']  # a sweep has too few rounds to judge them
+    parts = [f'### {title}', _measured(found), benchmark_step.report(found['arms'], goals, varied)]
     if varied:
         picture = images / f'results_{path.stem}.png'
         benchmark_step.draw(found['arms'], varied, picture)
