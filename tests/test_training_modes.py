@@ -96,16 +96,20 @@ def test_the_policy_steps_when_the_student_does(distil):
         assert not torch.equal(values[2], values[3])
 
 
+@pytest.mark.parametrize('device, dtype, wrapper', [
+    ('cpu', torch.bfloat16, 'mmkd_plugin.AutocastOptimWrapper'),
+    pytest.param('cuda', torch.float16, 'AmpOptimWrapper', marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason='needs a GPU')),
+])
 @pytest.mark.parametrize('method', METHODS)
-def test_bfloat16_on_a_cpu(distil, method):
-    model, dtypes = distil(METHODS[method]), []
+def test_mixed_precision(distil, method, device, dtype, wrapper):
+    model, dtypes = distil(METHODS[method]).to(device), []
     model.student.backbone.layer2.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     policy = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor') if method == 'SoKD' else {}
-    wrapper = build_optim_wrapper(model, dict(type='mmkd_plugin.AutocastOptimWrapper',
-                                              optimizer=dict(type='SGD', lr=0.001), **policy))
+    wrapper = build_optim_wrapper(model, dict(type=wrapper, optimizer=dict(type='SGD', lr=0.001), **policy))
     for _ in range(3):
         log = model.train_step(detection_batch(), wrapper)
-    assert set(dtypes) == {torch.bfloat16}
+    assert set(dtypes) == {dtype}
     assert all(value.isfinite() for value in log.values())
     ours = [value for name, value in log.items() if name.startswith(('distill.loss_amd', 'distill.loss_dam',
                                                                      'distill.loss_aug'))]
