@@ -98,7 +98,7 @@ def tune(benchmark, task):
     for built_on_others in (False, True):
         lines += [dict(row=run.row, seed=run.seed, fingerprint=run.fingerprint,
                        metric=float(run.weight == task.rows[run.row].weights[1]))
-                  for run in benchmark.tuning_runs(task, lines, built_on_others)]
+                  for run in benchmark.tuning_runs(task, lines, built_on_others, task.rows)]
     return lines
 
 
@@ -125,7 +125,8 @@ def test_a_row_has_the_best_weights_of_what_it_is_built_on(tool):
     assert runs['no_anchor'].config.model.distiller.dam.anchor is None
     assert runs['half'].config.model.distiller.dafa.beta_init == 0.5
     with pytest.raises(ValueError, match='fitnet: weight 3 is not tuned with seed 100 yet'):
-        list(benchmark.tuning_runs(task, [], built_on_others=True))
+        list(benchmark.tuning_runs(task, [], True, task.rows))
+    assert [*benchmark.tuning_runs(task, [], True, ['fitnet'])] == []
 
 
 def test_tuning_sees_no_test_image_and_training_none_of_both(tool):

@@ -106,8 +106,7 @@ def run_task(name: str, args: argparse.Namespace) -> int:
     failed = 0
     with results_file(tuned) as results:
         for built_on_others in (False, True):  # these need the best weights of those
-            runs = [run for run in tuning_runs(task, read(tuned), built_on_others)
-                    if run.row in (args.rows or task.rows)]
+            runs = list(tuning_runs(task, read(tuned), built_on_others, args.rows or task.rows))
             failed += run_all(name, task, runs, teacher, folder, results, args.jobs)
     return failed
 
@@ -117,14 +116,14 @@ def teacher_run(task: Task) -> Run:
     return _run(alone, 'teacher', 0, {}, None, 'test')
 
 
-def tuning_runs(task: Task, tuning: list[dict], built_on_others: bool) -> Iterator[Run]:
-    """Yields the candidates of the rows that are tuned and that have, or have not, weights of other rows too.
+def tuning_runs(task: Task, tuning: list[dict], built_on_others: bool, names: Collection[str]) -> Iterator[Run]:
+    """Yields the candidates of those of these rows that are tuned and have, or have not, weights of other rows too.
 
     Raises:
         ValueError: the tuning of another row is needed and not complete.
     """
     for name, row in task.rows.items():
-        if row.weights and bool(row.weights_of) == built_on_others:
+        if name in names and row.weights and bool(row.weights_of) == built_on_others:
             for seed in TUNING_SEEDS:
                 yield from _candidates(task, name, tuning, seed)
 
