@@ -104,9 +104,10 @@ def _sokd(plan: Plan) -> list[str]:
         reviewkd=["        base=dict(type='mmkd_plugin.ReviewKDLoss'),"])
     unit = 'search_epochs' if 'max_epochs' in plan.length else 'search_iters'
     hook = f"dict(type='mmkd_plugin.FreezePolicyHook', {unit}={max(1, round(_length(plan) / 6))})"
+    dam = "anchor='boxes'" if plan.detector else "anchor='attention', detect_loss_weight=4.0, area_loss_weight=12.0"
     return [*base[plan.base],
-            f'        dafa=dict({"beta_init=0.1" if plan.detector else ""}),',
-            f"        dam=dict(anchor='{'boxes' if plan.detector else 'attention'}')))",
+            '        dafa=dict(beta_init=0.1),',
+            f'        dam=dict({dam})))',
             'optim_wrapper = dict(',
             "    constructor='mmkd_plugin.PolicyOptimWrapperConstructor',",
             "    policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))",
