@@ -180,6 +180,7 @@ def bars(task: Task, found: Found, path: Path) -> None:
     axis.set_xlim(min(every) - 0.1 * (teacher - min(every)), max(teacher, *every) + 0.05 * (teacher - min(every)))
     axis.set_yticks(range(len(names)), [task.rows[name].label for name in names], fontsize=8)
     axis.invert_yaxis()
+    axis.margins(y=0.01)
     axis.set_xlabel(f'{task.unit}; dashed: the teacher')
     _save(figure, path)
 
@@ -215,7 +216,7 @@ def policy(task: Task, found: Found, path: Path) -> None:
         axis.set_title(task.rows[name].label, fontsize=9)
         axis.set_xlabel('iteration')
     axes[0][0].set_ylabel('chance that a batch gets it')
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
