@@ -64,6 +64,7 @@ def main() -> None:
     args = parse_args()
     os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that train
     torch.set_num_threads(1)  # as the results are to say
+    _surroundings()
     subprocess.run([sys.executable, '-W', 'ignore', 'tools/make_fashion.py'], check=True)
     failed = 0
     for name in args.task:
@@ -97,6 +98,8 @@ def run_task(name: str, args: argparse.Namespace) -> int:
     folder, place = args.work_dir / name, args.work_dir / 'teachers' / task.teacher
     folder.mkdir(parents=True, exist_ok=True)
     with results_file(args.results / f'{name}.jsonl') as results:
+        for left in folder.glob('*/'):  # by a benchmark that was killed
+            shutil.rmtree(left)
         train_teacher(task, place, results)
         teacher = last_checkpoint(place)
         if not args.tune:
@@ -210,7 +213,10 @@ def _deciding(cfg: Config) -> dict:
 
 
 def fingerprint(cfg: Config) -> str:
-    """Returns a hash of what decides a result: the config and the teacher's, without seed, logs and places of files."""
+    """Returns a hash of the config and the teacher's, without seed, logs and places of files.
+
+    It knows nothing of the code: after a change of that which changes results, delete their lines.
+    """
     told = _deciding(cfg)
     model = told['model']
     if 'teacher' in model:
@@ -241,12 +247,13 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
 
     def one(run: Run) -> None:
         nonlocal done, failed
+        log = folder / f'failed_{run.row}_{run.weight}_{run.seed}.log'
         with TemporaryDirectory(prefix=f'{run.row}-{run.seed}-', dir=folder) as place:
             try:
                 line = train(task, run, Path(place), teacher)
                 said = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
             except RuntimeError as error:
-                line, log = None, folder / f'failed_{run.row}_{run.seed}.log'
+                line = None
                 log.write_text(str(error))
                 said = f'failed, see {log}'
         with lock:
@@ -255,6 +262,7 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
                 failed += 1
             else:
                 results.append(line)
+                log.unlink(missing_ok=True)
             left = (time.time() - began) / done * (len(todo) - done)
             weight = '' if run.weight is None else f', weight {run.weight:g}'
             print(f'{name}: {run.row}{weight}, seed {run.seed}: {said}; {len(todo) - done} left, '
@@ -288,7 +296,7 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(log.read_text())
+        raise RuntimeError(log.read_text() if log.exists() else f'ended with {process.exitcode} before it began')
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
     curve = [line for line in scalars if task.metric in line]
@@ -299,17 +307,29 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
     if policy:
         line['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
                           for line in policy]
-    return dict(line, fingerprint=run.fingerprint, seconds=round(time.time() - began), **environment('cpu'))
+    return dict(line, fingerprint=run.fingerprint, seconds=round(time.time() - began), **_surroundings())
+
+
+@functools.cache
+def _surroundings() -> dict:
+    """What was there when the benchmark began, and what it has imported."""
+    return environment('cpu')
 
 
 def fit(config: dict, log: str) -> None:
-    """Trains a config as tools/train.py does, in a process that is there for nothing else."""
+    """Trains a config as tools/train.py does, in a process that is there for nothing else and ends with its parent."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     with open(log, 'wb') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     cfg = Config(config, format_python_code=False)  # formatting takes seconds
     add_safety_hooks(cfg)
     Runner.from_cfg(cfg).train()
+
+
+def _end_with_the_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class Results:

@@ -51,8 +51,9 @@ DAM = {'model.distiller.dam.detect_loss_weight': 1.0, 'model.distiller.dam.area_
 FREE = {'model.distiller.base.scale_free': True}
 
 
-def ablations(config: str, search_epochs: int, anchor: str, of: str = 'sokd_fitnet') -> dict[str, Row]:
-    """What becomes of SoKD on FitNet, the row ``of``, when one thing is otherwise; ``config`` is FitNet's."""
+def ablations(config: str, search_epochs: int, anchor: str) -> dict[str, Row]:
+    """What becomes of SoKD on FitNet when one thing is otherwise; ``config`` is FitNet's."""
+    of = 'sokd_fitnet'
     changes = dict(
         no_dafa=('without DAFA', {'model.distiller.dam': dict(anchor=anchor)}),
         no_dam=('without DAM', {**sokd(search_epochs, anchor), 'model.distiller.dam': None}),
@@ -86,7 +87,8 @@ def fashion() -> Task:
         reviewkd=row('ReviewKD', 'reviewkd', weights=review, seeds=OTHER),
         amd=row('AMD, paper form', 'amd', 'at', weights=paper),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
-        amd_kd=row('AMD + KD', 'amd-kd', 'kd', {'model.distiller.amd.loss_weight': 1.0}, weights=paper, seeds=OTHER),
+        amd_kd=row('AMD + KD, 0.1 CE + 0.9 KD', 'amd-kd', 'kd', {'model.distiller.amd.loss_weight': 1.0},
+                   weights=paper, seeds=OTHER),
         sokd_fitnet=around('FitNet', 'fitnet'),
         sokd_at=around('AT', 'at'),
         sokd_reviewkd=around('ReviewKD', 'reviewkd', seeds=OTHER),
@@ -128,8 +130,8 @@ def clothing() -> Task:
     def row(label: str, config: str, base: str = 'inherited', weight: dict[str, float] = BASE, **kwargs) -> Row:
         return Row(label, config + end, base, weight=weight, **kwargs)
 
-    def around(label: str, of: str, options: dict | None = None, **kwargs) -> Row:
-        return row(f'SoKD on {label}', of.removesuffix('_free'), of, DAM, weights=dam, weights_of=of,
+    def around(label: str, of: str, config: str, options: dict | None = None, **kwargs) -> Row:
+        return row(f'SoKD on {label}', config, of, DAM, weights=dam, weights_of=of,
                    options={**sokd(3, 'boxes'), **(options or {})}, **kwargs)
 
     mgd = {f'model.distiller.distill_losses.loss_mgd_{i}.alpha_mgd': 1.0 for i in range(3)}
@@ -145,10 +147,10 @@ def clothing() -> Task:
         reviewkd=row('ReviewKD', 'reviewkd', weights=other, seeds=OTHER),
         amd=row('AMD, paper form', 'amd', 'at', weights=paper, seeds=OTHER),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
-        sokd_fitnet=around('FitNet', 'fitnet'),
-        sokd_at=around('AT', 'at'),
-        sokd_reviewkd=around('ReviewKD', 'reviewkd', seeds=OTHER),
-        sokd_amd=around('AMD, scale-free', 'amd_free', FREE, seeds=OTHER),
+        sokd_fitnet=around('FitNet', 'fitnet', 'fitnet'),
+        sokd_at=around('AT', 'at', 'at'),
+        sokd_reviewkd=around('ReviewKD', 'reviewkd', 'reviewkd', seeds=OTHER),
+        sokd_amd=around('AMD, scale-free', 'amd_free', 'amd', FREE, seeds=OTHER),
         margin_1=row('AMD, scale-free, margin 1', 'amd', 'amd_free', {}, seeds=OTHER, weights_of='amd_free',
                      options={**FREE, 'model.distiller.base.margin': 1.0}),
         **ablations('fitnet' + end, 3, 'boxes'))

@@ -29,7 +29,7 @@ def _step(path: Path, images: Path) -> str:
     if varied:
         title += f' against {benchmark_step.LABELS[varied]}'
     title += f', torch {found["environment"]["torch"].split("+")[0]}'
-    goals = [] if varied else found['goals']  # a sweep has too few rounds to judge them
+    goals = [] if varied else found['goals']  # a sweep shows how cost grows
     parts = [f'### {title}', _measured(found), benchmark_step.report(found['arms'], goals, varied)]
     if varied:
         picture = images / f'results_{path.stem}.png'

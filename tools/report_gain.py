@@ -38,6 +38,8 @@ def main() -> None:
         if not lines:
             continue
         found = current(task, lines, tuning)
+        if 'teacher' not in found:
+            continue
         args.images.mkdir(parents=True, exist_ok=True)
         drawn = {kind: args.images / f'results_{name}_{kind}.png' for kind in ('bars', 'curves', 'policy')}
         bars(task, found, drawn['bars'])
@@ -115,17 +117,13 @@ def table(task: Task, found: Found) -> str:
         mean = f'{statistics.fmean(given.values()):.2f}'
         spread = f' ± {statistics.stdev(given.values()):.2f}' if len(given) > 1 else ''
         against = paired(given, values(task, found, row.base)) if row.base else None
-        compared = [f'{against[0]:+.2f} ± {against[1]:.2f} to {label(task, row.base)}',
+        compared = [f'{against[0]:+.2f} ± {against[1]:.2f} to {task.rows[row.base].label}',
                     f'{against[2]} of {against[3]}'] if against else ['', '']
         share = closed(given, alone, teacher) if name != 'student' else None
         weight = next(iter(found[name].values()))['weight']
         rows.append([row.label, mean + spread, str(len(given)), *compared, '' if share is None else f'{share:.0f}%',
                      '' if weight is None else f'{weight:g}'])
     return markdown(['', task.unit, 'seeds', 'difference within seeds, 95%', 'better in', 'gap closed', 'weight'], rows)
-
-
-def label(task: Task, name: str) -> str:
-    return task.rows[name].label
 
 
 def section(task: Task, found: Found, drawn: dict[str, Path]) -> str:
@@ -145,7 +143,7 @@ def section(task: Task, found: Found, drawn: dict[str, Path]) -> str:
         f'95% interval by Student\'s t. Every row with a weight of its own was tuned alike: '
         f'{", ".join(map(str, candidates))} weights with seed {tuning_seeds} on a split of its own. SoKD keeps its '
         'base\'s best weight, and its own is that of DAM; a row that is one change away from another has its '
-        'weights. The reported seeds ran once, on test images that nothing was chosen by.',
+        'weights. The reported seeds ran once, on test images that no weight was chosen by.',
         table(task, found),
         f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {told}.',
         *pictures])

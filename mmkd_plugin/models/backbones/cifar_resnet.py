@@ -19,8 +19,8 @@ class CIFARResNet(ResNet_CIFAR):
     projections instead of their shortcuts without parameters, as in [1].
     [1] Tian, Krishnan, Isola, Contrastive Representation Distillation, arXiv 1910.10699, and its benchmark.
 
-    An image (N, 3, 32, 32) gives (N, 4 C, 8, 8) with C = ``base_channels``; ``layer1``, ``layer2`` and ``layer3``
-    put out (N, C, 32, 32), (N, 2 C, 16, 16) and (N, 4 C, 8, 8).
+    At the default strides an image (N, 3, 32, 32) gives (N, 4 C, 8, 8) with C = ``base_channels``; ``layer1``,
+    ``layer2`` and ``layer3`` put out (N, C, 32, 32), (N, 2 C, 16, 16) and (N, 4 C, 8, 8).
 
     Args:
         depth: 8, 14, 20, ..., 110.
