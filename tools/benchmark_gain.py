@@ -247,7 +247,8 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
 
     def one(run: Run) -> None:
         nonlocal done, failed
-        log = folder / f'failed_{run.row}_{run.weight}_{run.seed}.log'
+        weight = '' if run.weight is None else f'_{run.weight:g}'
+        log = folder / f'failed_{run.row}{weight}_{run.seed}.log'
         with TemporaryDirectory(prefix=f'{run.row}-{run.seed}-', dir=folder) as place:
             try:
                 line = train(task, run, Path(place), teacher)
