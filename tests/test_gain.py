@@ -127,6 +127,9 @@ def test_a_row_has_the_best_weights_of_what_it_is_built_on(tool):
     with pytest.raises(ValueError, match='fitnet: weight 3 is not tuned with seed 100 yet'):
         list(benchmark.tuning_runs(task, [], True, task.rows))
     assert [*benchmark.tuning_runs(task, [], True, ['fitnet'])] == []
+    diverged = [dict(line, metric=None) for line in tune(benchmark, task)]
+    with pytest.raises(ValueError, match='fitnet: the training diverged with every weight'):
+        list(benchmark.reported_runs(task, diverged, ['fitnet']))
 
 
 def test_tuning_sees_no_test_image_and_training_none_of_both(tool):
@@ -174,7 +177,7 @@ def miniature(tool, data, monkeypatch, tmp_path):
         cfg.dump(configs / f'{name}.py')
     original = tasks.TASKS['fashion']
     fitnet = tasks.Row('SoKD', 'fitnet_resnet8_fashion_mnist-300', 'student', 1, tasks.sokd(1, 'attention'),
-                       tasks.BASE, (1.0, 2.0))
+                       tasks.BASE, (1.0, 2.0, 1e39))  # the last makes the loss infinite
     student = tasks.Row('student alone', 'resnet8_fashion_mnist-300', seeds=1)
     broken = dataclasses.replace(student, options={'optim_wrapper.optimizer.type': 'Nonsense'})
     rows = dict(student=student, sokd=fitnet, broken=broken)
@@ -196,13 +199,15 @@ def test_a_miniature_from_tuning_to_report(miniature, tool, capsys, tmp_path):
     with pytest.raises(ValueError, match='sokd: weight 1 is not tuned with seed 100 yet.*--tune'):
         miniature()
     assert miniature(tune=True) == 0
+    assert 'sokd, weight 1e+39, seed 100: diverged, see' in capsys.readouterr().out
+    assert 'FloatingPointError' in (tmp_path / 'work/miniature/failed_sokd_1e+39_100.log').read_text()
     tried = [json.loads(line) for line in tuning.read_text().splitlines()]
     assert sorted((line['row'], line['seed'], line['weight']) for line in tried) == [
-        ('sokd', 100, 1.0), ('sokd', 100, 2.0)]
-    better = max(tried, key=lambda line: line['metric'])['weight']
-    tuning.write_text(''.join(json.dumps(dict(line, metric=line['metric'] + (line['weight'] == 2.0) * 100)) + '\n'
-                              for line in tried))
-    assert better in (1.0, 2.0)
+        ('sokd', 100, 1.0), ('sokd', 100, 2.0), ('sokd', 100, 1e39)]
+    for line in tried:
+        assert (line['metric'] is None) == (line['weight'] == 1e39)
+        line['metric'] = {1.0: 10.0, 2.0: 20.0, 1e39: None}[line['weight']]
+    tuning.write_text(''.join(json.dumps(line) + '\n' for line in tried))
     assert miniature() == 0
     lines = {(line['row'], line['seed']): line for line in map(json.loads, results.read_text().splitlines())}
     assert set(lines) == {('teacher', 0), ('student', 1), ('sokd', 1)}

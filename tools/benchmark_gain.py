@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ PROCESSES.set_forkserver_preload([
     'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.visualization', 'mmpretrain.models',
     'mmpretrain.datasets', 'mmpretrain.evaluation', 'mmpretrain.visualization', 'mmkd_plugin.models'])
 POLICY = 'policy/'  # how FreezePolicyHook's scalars begin
+DIVERGED = 3  # exit status of a training whose loss became infinite or no number
 UNDECIDING = {'filename', 'randomness', 'default_hooks', 'visualizer', 'vis_backends', 'log_level', 'log_processor'}
 
 
@@ -105,12 +107,12 @@ def run_task(name: str, args: argparse.Namespace) -> int:
         if not args.tune:
             runs = [run for run in reported_runs(task, read(tuned), args.rows or task.rows)
                     if args.seeds is None or run.seed in args.seeds]
-            return run_all(name, task, runs, teacher, folder, results, args.jobs)
+            return run_all(name, task, runs, teacher, folder, results, args.jobs, tuning=False)
     failed = 0
     with results_file(tuned) as results:
         for built_on_others in (False, True):  # these need the best weights of those
             runs = list(tuning_runs(task, read(tuned), built_on_others, args.rows or task.rows))
-            failed += run_all(name, task, runs, teacher, folder, results, args.jobs)
+            failed += run_all(name, task, runs, teacher, folder, results, args.jobs, tuning=True)
     return failed
 
 
@@ -154,10 +156,10 @@ def reported_runs(task: Task, tuning: list[dict], names: Collection[str]) -> Ite
 
 
 def best_weight(task: Task, name: str, tuning: list[dict]) -> float | None:
-    """Returns the weight with the best mean over the tuning seeds; the smallest of equals.
+    """Returns the weight with the best mean over the tuning seeds, of those that never diverged; the first of equals.
 
     Raises:
-        ValueError: the row's tuning is not complete.
+        ValueError: the row's tuning is not complete, or it diverged with every weight.
     """
     means = {}
     for run in _candidates(task, name, tuning, TUNING_SEEDS[0]):
@@ -167,7 +169,10 @@ def best_weight(task: Task, name: str, tuning: list[dict]) -> float | None:
         if missing:
             raise ValueError(f'{name}: weight {run.weight:g} is not tuned with seed {min(missing)} yet; run '
                              'tools/benchmark_gain.py --tune first')
-        means[run.weight] = statistics.fmean(found.values())
+        if None not in found.values():
+            means[run.weight] = statistics.fmean(found.values())
+    if task.rows[name].weights and not means:
+        raise ValueError(f'{name}: the training diverged with every weight')
     return max(means, key=means.get) if means else None
 
 
@@ -239,8 +244,11 @@ def train_teacher(task: Task, place: Path, results: 'Results') -> None:
 
 
 def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path, results: 'Results',
-            jobs: int) -> int:
-    """Runs what the results lack, ``jobs`` at a time; returns how many failed."""
+            jobs: int, tuning: bool) -> int:
+    """Runs what the results lack, ``jobs`` at a time; returns how many failed.
+
+    In tuning, a training that diverges is no failure, but the result of a weight that is not to be taken.
+    """
     todo = [run for run in runs if run.key not in results.keys]
     print(f'{name}: {len(runs) - len(todo)} of {len(runs)} runs are in {results.path}', flush=True)
     began, done, failed, lock = time.time(), 0, 0, threading.Lock()
@@ -253,17 +261,18 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
             try:
                 line = train(task, run, Path(place), teacher)
                 said = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
-            except RuntimeError as error:
-                line = None
+                log.unlink(missing_ok=True)
+            except (RuntimeError, FloatingPointError) as error:
+                diverged = isinstance(error, FloatingPointError)
                 log.write_text(str(error))
-                said = f'failed, see {log}'
+                said = f'{"diverged" if diverged else "failed"}, see {log}'
+                line = _line(run, metric=None) if diverged and tuning else None  # a weight that is not to be taken
         with lock:
             done += 1
             if line is None:
                 failed += 1
             else:
                 results.append(line)
-                log.unlink(missing_ok=True)
             left = (time.time() - began) / done * (len(todo) - done)
             weight = '' if run.weight is None else f', weight {run.weight:g}'
             print(f'{name}: {run.row}{weight}, seed {run.seed}: {said}; {len(todo) - done} left, '
@@ -282,7 +291,8 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
     """Trains in ``place`` and returns the run's line of the results.
 
     Raises:
-        RuntimeError: it failed; the message is its log.
+        FloatingPointError: its loss became infinite or no number; the message is its log.
+        RuntimeError: it failed otherwise; the same.
     """
     cfg = copy.deepcopy(run.config)
     cfg.work_dir = str(place)
@@ -297,18 +307,23 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(log.read_text() if log.exists() else f'ended with {process.exitcode} before it began')
+        error = FloatingPointError if process.exitcode == DIVERGED else RuntimeError
+        raise error(log.read_text() if log.exists() else f'ended with {process.exitcode} before it began')
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
     curve = [line for line in scalars if task.metric in line]
     policy = [line for line in scalars if any(key.startswith(POLICY) for key in line)]
-    line = dict(row=run.row, seed=run.seed, weight=run.weight, metric=curve[-1][task.metric],
-                metrics={key: value for key, value in curve[-1].items() if key not in ('data_time', 'time', 'step')},
+    told = dict(metrics={key: value for key, value in curve[-1].items() if key not in ('data_time', 'time', 'step')},
                 curve=[(line['step'], line[task.metric]) for line in curve])
     if policy:
-        line['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
+        told['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
                           for line in policy]
-    return dict(line, fingerprint=run.fingerprint, seconds=round(time.time() - began), **_surroundings())
+    return _line(run, curve[-1][task.metric], **told, seconds=round(time.time() - began))
+
+
+def _line(run: Run, metric: float | None, **more) -> dict:
+    return dict(row=run.row, seed=run.seed, weight=run.weight, metric=metric, fingerprint=run.fingerprint, **more,
+                **_surroundings())
 
 
 @functools.cache
@@ -325,7 +340,11 @@ def fit(config: dict, log: str) -> None:
         os.dup2(file.fileno(), 2)
     cfg = Config(config, format_python_code=False)  # formatting takes seconds
     add_safety_hooks(cfg)
-    Runner.from_cfg(cfg).train()
+    try:
+        Runner.from_cfg(cfg).train()
+    except FloatingPointError:
+        traceback.print_exc()
+        sys.exit(DIVERGED)
 
 
 def _end_with_the_parent() -> None:

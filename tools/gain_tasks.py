@@ -125,7 +125,7 @@ def clothing() -> Task:
     end = '_retinanet_r18-c16_clothing-300'
     feature, attention = (0.2, 0.6, 2.0, 6.0), (1.0, 3.0, 10.0, 30.0)
     paper, free, dam = (0.1, 1.0, 10.0, 100.0), (0.1, 0.3, 1.0, 3.0), (0.1, 0.3, 1.0, 3.0)
-    other = (0.3, 1.0, 3.0, 10.0)
+    other = (1.0, 3.0, 10.0, 30.0)
 
     def row(label: str, config: str, base: str = 'inherited', weight: dict[str, float] = BASE, **kwargs) -> Row:
         return Row(label, config + end, base, weight=weight, **kwargs)
