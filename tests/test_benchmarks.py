@@ -117,6 +117,13 @@ def test_benchmark_step(run, tool, monkeypatch, tmp_path):
     assert '(images/results_step_1.png)' in text and (tmp_path / 'results_step_1.png').stat().st_size > 0
 
 
+def test_what_sokd_is_measured_on(tool):
+    for name, base in (('retinanet', 'L2Loss'), ('resnet', 'mmkd_plugin.ReviewKDLoss'), ('resnet-fitnet', 'L2Loss')):
+        pair = tool('benchmark_step').PAIRS[name]
+        assert Config.fromfile(ROOT / pair.configs['sokd']).model.distiller.base.type == base
+        assert 'AMD' in Config.fromfile(ROOT / pair.configs['amd']).model.distiller.type
+
+
 def test_a_step_that_cannot_be_is_one_sentence(run):
     with pytest.raises(SystemExit, match='fbkd cannot take a step on images of .32, 32.'):
         run('benchmark_step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--arms', 'fbkd')

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -78,20 +78,25 @@ GOALS = [Goal('amd', 'floor', 1.03, 1.05), Goal('sokd_search', 'floor', 1.15, 1.
 class Pair:
     """A teacher and a student, and the maps that MMRazor's methods and ``--layers`` read, largest first."""
     title: str
-    config: str  # {} is base, amd or sokd
+    configs: dict[str, str]  # of the arms that begin so
     base: str
     maps: dict[str, int]  # channels by module
     size: tuple[int, int]
     batch: int
 
 
+RESNET = Pair('ResNet34 to ResNet18',
+              dict(amd='configs/amd_resnet_imagenet.py', sokd='configs/sokd_resnet_imagenet.py'),
+              'configs/_base_/resnet34_resnet18_imagenet.py',
+              {'backbone.layer2': 128, 'backbone.layer3': 256, 'backbone.layer4': 512}, (224, 224), 16)
 PAIRS = {
-    'retinanet': Pair('RetinaNet R101 to R50', 'configs/{}_retinanet_coco.py',
+    'retinanet': Pair('RetinaNet R101 to R50',
+                      dict(amd='configs/amd_retinanet_coco.py', sokd='configs/sokd_retinanet_coco.py'),
                       'configs/_base_/retinanet_r101_r50_coco.py',
                       {f'neck.fpn_convs.{i}': 256 for i in range(5)}, (384, 384), 2),
-    'resnet': Pair('ResNet34 to ResNet18', 'configs/{}_resnet_imagenet.py',
-                   'configs/_base_/resnet34_resnet18_imagenet.py',
-                   {'backbone.layer2': 128, 'backbone.layer3': 256, 'backbone.layer4': 512}, (224, 224), 16),
+    'resnet': RESNET,
+    'resnet-fitnet': replace(RESNET, title='ResNet34 to ResNet18, SoKD on FitNet', configs=dict(
+        RESNET.configs, sokd='configs/sokd-fitnet_resnet34-resnet18_imagenet.py')),
 }
 
 
@@ -173,7 +178,7 @@ class Workshop:
     def _config(self, name: str, settings: Settings) -> Config:
         if name not in OURS:
             return copy.deepcopy(self.base)
-        config = Config.fromfile(ROOT / self.pair.config.format(name.split('_')[0]))
+        config = Config.fromfile(ROOT / self.pair.configs[name.split('_')[0]])
         distiller = config.model.distiller
         if settings.layers:
             distiller.layers = list(self.pair.maps)[:settings.layers]
@@ -275,12 +280,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f'{__doc__} {PEAK_MEMORY} To it the weights, buffers and optimiser of student, distiller and '
                     'teacher are added.', epilog=f'Arms: {arms}.')
-    parser.add_argument('--pair', choices=PAIRS, default='retinanet', help='R101 to R50, or ResNet34 to ResNet18')
+    parser.add_argument('--pair', choices=PAIRS, default='retinanet',
+                        help='R101 to R50; or ResNet34 to ResNet18, with SoKD on ReviewKD or on FitNet')
     parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS), help='what to measure beside the floor')
     parser.add_argument('--rounds', type=int, default=15, help='rounds, each with every arm once; default %(default)s')
     parser.add_argument('--size', nargs='+', type=image_size, metavar='HxW',
-                        help='images, such as 800x1333; default 384x384 for retinanet, 224x224 for resnet')
-    parser.add_argument('--batch', type=int, help='images a step; default 2 for retinanet, 16 for resnet')
+                        help='images, such as 800x1333; default 384x384 for retinanet, 224x224 otherwise')
+    parser.add_argument('--batch', type=int, help='images a step; default 2 for retinanet, 16 otherwise')
     parser.add_argument('--layers', nargs='+', type=int,
                         help='AMD and SoKD on so many maps, the largest first; default: those of the configs')
     parser.add_argument('--sub-policies', nargs='+', type=int, help='of SoKD; default 36, all')
