@@ -132,6 +132,14 @@ def test_a_row_has_the_best_weights_of_what_it_is_built_on(tool):
         list(benchmark.reported_runs(task, diverged, ['fitnet']))
 
 
+@pytest.mark.parametrize('gpu', [False, True])
+def test_all_labels_only_where_there_is_a_gpu(tool, monkeypatch, gpu):
+    benchmark = tool('benchmark_gain')
+    monkeypatch.setattr('sys.argv', ['benchmark_gain'])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    assert benchmark.parse_args().task == ['fashion', 'clothing', 'fashion_cross', *['fashion_all'] * gpu]
+
+
 def test_tuning_sees_no_test_image_and_training_none_of_both(tool):
     benchmark = tool('benchmark_gain')
     for task in tool('gain_tasks').TASKS.values():

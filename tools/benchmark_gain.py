@@ -80,7 +80,8 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--task', nargs='+', choices=TASKS, default=list(TASKS), help='what to run')
+    parser.add_argument('--task', nargs='+', choices=TASKS, help='what to run',
+                        default=[name for name, task in TASKS.items() if _device() == 'cuda' or not task.needs_gpu])
     parser.add_argument('--rows', nargs='+', default=None, help='only these rows')
     parser.add_argument('--seeds', type=int, nargs='+', default=None,
                         help='only these seeds, of those that the rows have')
@@ -329,7 +330,12 @@ def _line(run: Run, metric: float | None, **more) -> dict:
 @functools.cache
 def _surroundings() -> dict:
     """What was there when the benchmark began, and what it has imported."""
-    return environment('cpu')
+    return environment(_device())
+
+
+def _device() -> str:
+    """Where MMEngine's Runner trains."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def fit(config: dict, log: str) -> None:
