@@ -161,6 +161,8 @@ def clothing() -> Task:
         reviewkd=row('ReviewKD', 'reviewkd', weights=other, seeds=OTHER),
         amd=row('AMD, paper form', 'amd', 'at', weights=paper, seeds=OTHER),
         amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
+        amd_local=row('AMD, scale-free, global + local', 'amd', 'at', {}, weights_of='amd_free',
+                      options={**FREE, 'model.distiller.base.local_grid': 2}),
         sokd_fitnet=around('FitNet', 'fitnet', 'fitnet'),
         sokd_at=around('AT', 'at', 'at'),
         sokd_reviewkd=around('ReviewKD', 'reviewkd', 'reviewkd', seeds=OTHER),
