@@ -107,7 +107,8 @@ def fashion_cross() -> Task:
 
     def row(name: str, config: str, base: str = 'student') -> Row:
         """The row of this name for the other student, on the same terms."""
-        return replace(same[name], config=config + end, base=base, seeds=OTHER)
+        seeds = CLAIM if name in ('at', 'amd_free', 'sokd_at') else OTHER
+        return replace(same[name], config=config + end, base=base, seeds=seeds)
 
     rows = dict(
         student=Row('student alone', end[1:], seeds=OTHER),
