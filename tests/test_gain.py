@@ -4,7 +4,11 @@ import dataclasses
 import gzip
 import importlib
 import json
+import os
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +247,35 @@ def test_a_miniature_from_tuning_to_report(miniature, tool, capsys, tmp_path):
     for kind in ('bars', 'curves', 'policy'):
         getattr(report, kind)(task, current, tmp_path / f'{kind}.png')
         assert (tmp_path / f'{kind}.png').stat().st_size > 5000
+
+
+def test_a_training_ends_with_a_killed_benchmark(data, tmp_path):
+    cfg = small(Config.fromfile(ROOT / 'configs/fashion/resnet8_fashion_mnist-300.py'), data)
+    cfg.train_cfg.max_epochs = 10**6
+    cfg.work_dir = str(tmp_path / 'work')
+    script, config, log = tmp_path / 'script.py', tmp_path / 'config.py', tmp_path / 'train.log'
+    cfg.dump(config)
+    script.write_text('import sys\nfrom mmengine.config import Config\nfrom benchmark_gain import PROCESSES, fit\n'
+                      'if __name__ == "__main__":\n'
+                      '    cfg = Config.fromfile(sys.argv[1]).to_dict()\n'
+                      '    training = PROCESSES.Process(target=fit, args=(cfg, sys.argv[2]))\n'
+                      '    training.start()\n'
+                      '    print(training.pid, flush=True)\n'
+                      '    training.join()\n')
+    with subprocess.Popen([sys.executable, script, config, log], text=True, stdout=subprocess.PIPE, cwd=ROOT,
+                          env=dict(os.environ, PYTHONPATH='tools')) as benchmark:
+        command_line = Path('/proc', benchmark.stdout.readline().strip(), 'cmdline')
+        wait_for(lambda: log.exists() and 'Epoch(train)' in log.read_text())
+        assert command_line.read_bytes()
+        benchmark.kill()
+    wait_for(lambda: not command_line.exists() or not command_line.read_bytes())  # gone, or ended and not yet collected
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'it did not come'
+        time.sleep(0.2)
 
 
 def line(row, seed, metric, **more):
