@@ -53,7 +53,8 @@ _base_ = [__import__('mmkd_plugin').__path__[0] + '/.mim/configs/amd_retinanet_c
 model = dict(distiller=dict(amd=dict(loss_weight=2.0)))
 """)
 distiller = Config.fromfile('mine.py').model.distiller
-assert distiller.type == 'mmkd_plugin.AMDDistiller' and distiller.amd == dict(scale_free=True, loss_weight=2.0)
+assert distiller.type == 'mmkd_plugin.AMDDistiller'
+assert distiller.amd == dict(scale_free=True, local_grid=2, loss_weight=2.0)
 
 sys.argv = ['train.py', '--help']
 runpy.run_path(str(mim / 'tools/train.py'), run_name='__main__')

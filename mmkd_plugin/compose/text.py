@@ -82,7 +82,7 @@ def _list(start: str, values: list, comment: str) -> list[str]:
 
 def _amd(plan: Plan) -> list[str]:
     if plan.detector:
-        return ['        amd=dict(scale_free=True)))  # one weight for small and large maps']
+        return ['        amd=dict(scale_free=True, local_grid=2)))  # one weight for small and large maps']
     if not plan.logits:
         return ['        amd=dict(loss_weight=1000.0)))  # of each layer; the paper prints none']
     return ['        amd=dict(loss_weight=1000.0),  # of each layer; the paper prints none',

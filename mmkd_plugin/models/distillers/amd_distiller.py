@@ -20,7 +20,7 @@ class AMDDistiller(LayerDistiller):
     Args:
         layers: as in :class:`LayerDistiller`. ``['neck']`` is every pyramid level.
         amd: arguments of :class:`AMDLoss`, the same at every map. A detector
-            wants ``dict(scale_free=True)``.
+            wants ``dict(scale_free=True, local_grid=2)``.
         kwargs: further recorders, connectors and losses, as in MMRazor's ``ConfigurableDistiller``.
 
     Raises:
