@@ -1,7 +1,12 @@
 """Runs a model under MMRazor's recorders, and no further than they read."""
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from mmrazor.models.task_modules import ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder, RecorderManager
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_flatten
 
 from ..utils import check_dict, closest
 
@@ -127,19 +132,85 @@ def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict
     """
     forward = PartialForward(model, recorders, calls or {})
     if forward.mode == 'tensor':
-        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-        image = next(model.parameters()).new_zeros(1, channels, 224, 224)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
         try:
-            forward(image, _blank_samples(model))
+            with _evaluating(model):
+                forward(_blank_image(model), _blank_samples(model))
         except ValueError:
             if not all('head.' in source for source in forward.silent()):
                 raise
-        finally:
-            for module, training in modes.items():
-                module.training = training
     forward.remove()
+
+
+@torch.no_grad()
+def protect_records(model: nn.Module, recorders: RecorderManager, field: str) -> None:
+    """Stops layers of ``model`` that write in place, as far as needed for what is recorded to stay as it was.
+
+    MMRazor stops all of them, which costs time and memory. Here those of backbone and neck go on, as they do when
+    the model is alone, unless one of them writes over a record. Dropout stops too, as it writes in training only.
+
+    Args:
+        model: whose ``extract_feat`` is tried on a blank image.
+        recorders: MMRazor's manager of its recorders, initialised.
+        field: of the config that holds them.
+
+    Raises:
+        ValueError: a record is written over by something other than a layer with an ``inplace``.
+    """
+    stages = [part for name, part in model.named_children() if name in ('backbone', 'neck')]
+    body = {layer for stage in stages for layer in stage.modules() if not isinstance(layer, _DropoutNd)}
+    _write_apart(layer for layer in model.modules() if layer not in body)
+    if not stages or not all(isinstance(recorder, (ModuleOutputsRecorder, ModuleInputsRecorder, ParameterRecorder))
+                             for recorder in recorders.recorders.values()):
+        _write_apart(body)
+    elif _written_over(model, recorders):
+        _write_apart(body)
+        lost = _written_over(model, recorders)
+        if lost:
+            raise ValueError(f'{field}: {type(model).__name__} goes on to write over what {", ".join(map(repr, lost))} '
+                             'puts out, by an operation such as +=: record the layer that ends with it')
+
+
+def _write_apart(layers: Iterable[nn.Module]) -> None:
+    for layer in layers:
+        if getattr(layer, 'inplace', False):
+            layer.inplace = False
+
+
+def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
+    """Returns the sources of which an output or, where that is recorded, an input is written over later."""
+    seen: list[tuple[str, torch.Tensor, int]] = []
+    modules, hooks = dict(model.named_modules()), []
+    for recorder in recorders.recorders.values():
+        def note(_, *passed, source=recorder.source) -> None:  # (inputs) or (inputs, outputs): the last is recorded
+            seen.extend((source, x, x._version) for x in tree_flatten(passed[-1])[0] if torch.is_tensor(x))
+        if isinstance(recorder, ModuleInputsRecorder):
+            hooks.append(modules[recorder.source].register_forward_pre_hook(note))
+        elif isinstance(recorder, ModuleOutputsRecorder):
+            hooks.append(modules[recorder.source].register_forward_hook(note))
+    try:
+        with _evaluating(model):
+            model.extract_feat(_blank_image(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sorted({source for source, x, version in seen if x._version != version})
+
+
+def _blank_image(model: nn.Module) -> torch.Tensor:
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    return next(model.parameters()).new_zeros(1, channels, 224, 224)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and after it every module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _blank_samples(model: nn.Module) -> list | None:

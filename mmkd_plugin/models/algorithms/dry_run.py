@@ -72,7 +72,7 @@ def _try_loss(distiller: ConfigurableDistiller, loss: str, inputs: dict[str, dic
     try:
         arguments = {name: distiller.get_record(**record) for name, record in inputs.items()}
         distiller.distill_losses[loss](**arguments)
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, AttributeError) as error:
         raw = {name: _raw(distiller, record) for name, record in inputs.items()}
         given = ', '.join(f'{name} from {inputs[name]["recorder"]!r} '
                           f'{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}'

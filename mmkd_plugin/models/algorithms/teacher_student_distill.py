@@ -15,7 +15,7 @@ from ...cfg_path import build_cfg_path
 from ...checkpoint import STUDENT_PREFIX, load_completely
 from ...registry import MODELS
 from ..distillers.layer_distiller import exact_zero
-from ..recording import PartialForward, check_sources, check_wiring
+from ..recording import PartialForward, check_sources, check_wiring, protect_records
 from .dry_run import dry_run
 from .held_out_search import keep_statistics, set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
@@ -100,9 +100,12 @@ class TeacherStudentDistill(SingleTeacherDistill):
             try:
                 with DefaultScope.overwrite_default_scope('mmrazor'):
                     super().__init__(architecture=architecture, teacher=teacher, distiller=distiller,
-                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg,
+                                     module_inplace=True, teacher_module_inplace=True)
             except AssertionError as error:  # how MMRazor answers a wrong distiller
                 raise ValueError(f'distiller: {error}') from error
+            protect_records(self.student, self.distiller.student_recorders, 'distiller.student_recorders')
+            protect_records(teacher, self.distiller.teacher_recorders, 'distiller.teacher_recorders')
             del self.teacher  # registered as a submodule by the base class
             self.__dict__['teacher'] = teacher.eval()
             self.__dict__['_teacher_forward'] = self._wire_teacher()
