@@ -1,8 +1,10 @@
 """Runs a model under MMRazor's recorders, and no further than they read."""
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from mmengine.logging import print_log
 from mmrazor.models.task_modules import ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder, RecorderManager
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -141,55 +143,56 @@ def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict
     forward.remove()
 
 
-@torch.no_grad()
-def protect_records(model: nn.Module, recorders: RecorderManager, field: str) -> None:
-    """Stops layers of ``model`` that write in place, as far as needed for what is recorded to stay as it was.
+def layers_in_place(model: nn.Module) -> list[nn.Module]:
+    """Returns the layers of backbone and neck that write in place, but not dropout, which does so in training only."""
+    return [layer for name, part in model.named_children() if name in ('backbone', 'neck') for layer in part.modules()
+            if getattr(layer, 'inplace', False) and not isinstance(layer, _DropoutNd)]
 
-    MMRazor stops all of them, which costs time and memory. Here those of backbone and neck go on, as they do when
-    the model is alone, unless one of them writes over a record. Dropout stops too, as it writes in training only.
 
-    Args:
-        model: whose ``extract_feat`` is tried on a blank image.
-        recorders: MMRazor's manager of its recorders, initialised.
-        field: of the config that holds them.
+def write_in_place(layers: list[nn.Module], model: nn.Module, recorders: RecorderManager) -> None:
+    """Lets ``layers``, which MMRazor has stopped from it, write in place again, unless a record would change.
 
-    Raises:
-        ValueError: a record is written over by something other than a layer with an ``inplace``.
+    That saves the time and memory that a copy takes. What a blank image cannot show counts as a change: functions and
+    methods that are recorded, and a model whose ``extract_feat`` does not take the image.
     """
-    stages = [part for name, part in model.named_children() if name in ('backbone', 'neck')]
-    body = {layer for stage in stages for layer in stage.modules() if not isinstance(layer, _DropoutNd)}
-    _write_apart(layer for layer in model.modules() if layer not in body)
-    if not stages or not all(isinstance(recorder, (ModuleOutputsRecorder, ModuleInputsRecorder, ParameterRecorder))
-                             for recorder in recorders.recorders.values()):
-        _write_apart(body)
-    elif _written_over(model, recorders):
-        _write_apart(body)
+    _set_in_place(layers, True)
+    try:
         lost = _written_over(model, recorders)
-        if lost:
-            raise ValueError(f'{field}: {type(model).__name__} goes on to write over what {", ".join(map(repr, lost))} '
-                             'puts out, by an operation such as +=: record the layer that ends with it')
+    except Exception:  # of the model, whatever it is: MMRazor's way works for all
+        _set_in_place(layers, False)
+        return
+    if lost:
+        _set_in_place(layers, False)
+        lost = _written_over(model, recorders)
+    if lost:
+        print_log(f'{type(model).__name__} seems to write over what is recorded of {", ".join(lost)} later, by an '
+                  'operation such as +=; then the loss reads something else: record the layer that ends with it.',
+                  logger='current', level=logging.WARNING)
 
 
-def _write_apart(layers: Iterable[nn.Module]) -> None:
+def _set_in_place(layers: list[nn.Module], value: bool) -> None:
     for layer in layers:
-        if getattr(layer, 'inplace', False):
-            layer.inplace = False
+        layer.inplace = value
 
 
+@torch.no_grad()
 def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
-    """Returns the sources of which an output or, where that is recorded, an input is written over later."""
+    """Returns the sources whose output, or input where that is recorded, ``extract_feat`` writes over later."""
     seen: list[tuple[str, torch.Tensor, int]] = []
     modules, hooks = dict(model.named_modules()), []
-    for recorder in recorders.recorders.values():
-        def note(_, *passed, source=recorder.source) -> None:  # (inputs) or (inputs, outputs): the last is recorded
-            seen.extend((source, x, x._version) for x in tree_flatten(passed[-1])[0] if torch.is_tensor(x))
-        if isinstance(recorder, ModuleInputsRecorder):
-            hooks.append(modules[recorder.source].register_forward_pre_hook(note))
-        elif isinstance(recorder, ModuleOutputsRecorder):
-            hooks.append(modules[recorder.source].register_forward_hook(note))
     try:
-        with _evaluating(model):
-            model.extract_feat(_blank_image(model))
+        for recorder in recorders.recorders.values():
+            def note(_, *passed, source=recorder.source) -> None:  # (inputs) or (inputs, outputs): the last is recorded
+                seen.extend((source, x, x._version) for x in tree_flatten(passed[-1])[0] if torch.is_tensor(x))
+            if isinstance(recorder, ModuleInputsRecorder):
+                hooks.append(modules[recorder.source].register_forward_pre_hook(note))
+            elif isinstance(recorder, ModuleOutputsRecorder):
+                hooks.append(modules[recorder.source].register_forward_hook(note))
+            elif not isinstance(recorder, ParameterRecorder):
+                raise ValueError(f'{recorder.source} does not show on a blank image')
+        if hooks:
+            with _evaluating(model):
+                model.extract_feat(_blank_image(model))
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,7 +15,7 @@ from ...cfg_path import build_cfg_path
 from ...checkpoint import STUDENT_PREFIX, load_completely
 from ...registry import MODELS
 from ..distillers.layer_distiller import exact_zero
-from ..recording import PartialForward, check_sources, check_wiring, protect_records
+from ..recording import PartialForward, check_sources, check_wiring, layers_in_place, write_in_place
 from .dry_run import dry_run
 from .held_out_search import keep_statistics, set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
@@ -97,15 +97,16 @@ class TeacherStudentDistill(SingleTeacherDistill):
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
             check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
             check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
+            s_layers, t_layers = layers_in_place(architecture), layers_in_place(teacher)  # MMRazor stops them from it
             try:
                 with DefaultScope.overwrite_default_scope('mmrazor'):
                     super().__init__(architecture=architecture, teacher=teacher, distiller=distiller,
-                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg,
-                                     module_inplace=True, teacher_module_inplace=True)
+                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg)
             except AssertionError as error:  # how MMRazor answers a wrong distiller
                 raise ValueError(f'distiller: {error}') from error
-            protect_records(self.student, self.distiller.student_recorders, 'distiller.student_recorders')
-            protect_records(teacher, self.distiller.teacher_recorders, 'distiller.teacher_recorders')
+            if not self.distiller.deliveries.deliveries:  # what is handed on might be written over
+                write_in_place(s_layers, self.student, self.distiller.student_recorders)
+                write_in_place(t_layers, teacher, self.distiller.teacher_recorders)
             del self.teacher  # registered as a submodule by the base class
             self.__dict__['teacher'] = teacher.eval()
             self.__dict__['_teacher_forward'] = self._wire_teacher()
