@@ -33,6 +33,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
       optimiser or parallel wrapper sees it; a resume reads it from its own file.
     - The student's preprocessor makes the batch. A teacher with another
       normalisation or channel order gets it renormalised.
+    - Layers of backbone and neck write in place as they do alone, unless a
+      record would change; MMRazor stops them all.
     - What does not fit is found when the model is built.
 
     Unscoped types within ``distiller`` are MMRazor's.
