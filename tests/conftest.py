@@ -8,6 +8,11 @@ from mmengine.registry import DefaultScope, init_default_scope
 import mmkd_plugin  # noqa: F401
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with the longest, so that in the end no process works alone on them."""
+    items.sort(key=lambda item: item.path.name != 'test_main_jobs.py')
+
+
 @pytest.fixture(autouse=True)
 def isolated():
     """Fixed seed, one default scope a test, and no iteration left from a Runner before."""
