@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..models.algorithms import TeacherStudentDistill
+from ..models.recording import evaluating
 from ..registry import HOOKS
 from ..utils import check_number
 from .distill_pictures import draw_policy, draw_views, look, path_of, rgb_image
@@ -114,15 +115,11 @@ def _check_drawable(model: nn.Module) -> None:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient; afterwards all modes and random states are as they were."""
-    modes = {module: module.training for module in model.modules()}
     python, numpy = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        model.eval()
+    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
         try:
             yield
         finally:
-            for module, training in modes.items():
-                module.training = training
             random.setstate(python)
             np.random.set_state(numpy)

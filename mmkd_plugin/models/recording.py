@@ -135,7 +135,7 @@ def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict
     forward = PartialForward(model, recorders, calls or {})
     if forward.mode == 'tensor':
         try:
-            with _evaluating(model):
+            with evaluating(model):
                 forward(_blank_image(model), _blank_samples(model))
         except ValueError:
             if not all('head.' in source for source in forward.silent()):
@@ -191,7 +191,7 @@ def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
             elif not isinstance(recorder, ParameterRecorder):
                 raise ValueError(f'{recorder.source} does not show on a blank image')
         if hooks:
-            with _evaluating(model):
+            with evaluating(model):
                 model.extract_feat(_blank_image(model))
     finally:
         for hook in hooks:
@@ -205,7 +205,7 @@ def _blank_image(model: nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and after it every module's own mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

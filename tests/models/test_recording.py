@@ -8,11 +8,11 @@ from mmkd_plugin.models import recording
 from mmkd_plugin.models.algorithms import TeacherStudentDistill
 
 
-def distill(student, recorders, teacher=None):
+def distill(student, recorders):
     """The student, with L2 losses on what the recorders of both record."""
     both = [dict(recorder=name, from_student=side, **({'data_idx': 0} if 'Inputs' in recorder['type'] else {}))
             for name, recorder in recorders.items() for side in (True, False)]
-    return dict(type='mmkd_plugin.TeacherStudentDistill', architecture=student, teacher=teacher or student,
+    return dict(type='mmkd_plugin.TeacherStudentDistill', architecture=student, teacher=student,
                 allow_random_teacher=True, distiller=dict(
         type='ConfigurableDistiller', student_recorders=recorders, teacher_recorders=recorders,
         distill_losses={f'loss_{name}': dict(type='L2Loss') for name in recorders},
