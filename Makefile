@@ -10,15 +10,15 @@ MODERN := tests/test_compat.py tests/test_stacks.py tests/models/losses \
 	"tests/test_main_jobs.py::test_detector[amd]" "tests/test_main_jobs.py::test_classifier[sokd]"
 
 setup:  ## the environment of the stack; continues after an interruption
-	@STACK=$(STACK) tools/setup.sh
+	@STACK=$(STACK) tools/dev/setup.sh
 
 demo: setup  ## distils a small detector on a CPU and shows what it gained
 	$(RUN) -W ignore tools/demo.py
 
 benchmark: setup  ## what distillation gains, on Fashion-MNIST; goes on where it was, and writes docs/results.md
-	$(RUN) -W ignore tools/benchmark_gain.py --tune
-	$(RUN) -W ignore tools/benchmark_gain.py
-	$(RUN) -W ignore tools/report_gain.py
+	$(RUN) -W ignore tools/benchmarks/gain.py --tune
+	$(RUN) -W ignore tools/benchmarks/gain.py
+	$(RUN) -W ignore tools/benchmarks/report_gain.py
 
 test: setup lint  ## the whole suite, on up to four cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist worksteal

@@ -64,7 +64,7 @@ def imagenet_options(root: Path) -> list[str]:
 
 def save_weights(config: str, path: Path) -> Path:
     """Saves a random model of a config, a library's or one of ours, as its library would."""
-    from mmkd_plugin.cfg_path import build_cfg_path
+    from mmkd_plugin.config.cfg_path import build_cfg_path
     torch.manual_seed(1)
     model = build_cfg_path(config, 'config')
     model.backbone.init_cfg = None  # no download

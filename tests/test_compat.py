@@ -154,7 +154,7 @@ def test_a_mmcv_too_old_for_mmrazor_is_refused_with_its_own_version():
 
 def test_tools_leave_it_to_us_to_import_mmrazor():
     """Sorted imports would put it first, where it refuses the newer stack's mmcv."""
-    tools = sorted((Path(__file__).parent.parent / 'tools').glob('*.py'))
+    tools = sorted((Path(__file__).parent.parent / 'tools').rglob('*.py'))
     assert len(tools) > 10
     for tool in tools:
         for node in ast.walk(ast.parse(tool.read_text())):

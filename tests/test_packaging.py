@@ -15,7 +15,7 @@ from mmengine.hub import get_config
 from modelindex.load_model_index import load as load_model_index
 
 import mmkd_plugin
-from mmkd_plugin.cfg_path import read_cfg_path
+from mmkd_plugin.config.cfg_path import read_cfg_path
 
 ROOT = Path(__file__).parent.parent
 METAFILE = yaml.safe_load((ROOT / 'configs/metafile.yml').read_text())
@@ -34,7 +34,7 @@ import mmengine.config.utils
 from mmengine.config import Config
 
 import mmkd_plugin
-from mmkd_plugin.cfg_path import read_cfg_path
+from mmkd_plugin.config.cfg_path import read_cfg_path
 
 mim = Path(sys.argv[1]) / 'mmkd_plugin/.mim'
 assert Path(mmkd_plugin.__file__).parent == mim.parent, mmkd_plugin.__file__
@@ -75,7 +75,7 @@ def read_once(monkeypatch):
 
 @pytest.fixture
 def generator(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')
+    monkeypatch.syspath_prepend(ROOT / 'tools/dev')
     return importlib.import_module('make_model_index')
 
 
@@ -134,7 +134,7 @@ def test_an_editable_installation_has_the_repositorys_files():
 
 def test_metafile_and_tables_say_what_the_configs_say(generator):
     for path, text in generator.pages().items():
-        assert (ROOT / path).read_text() == text, f'{path} is old: run `python tools/make_model_index.py`'
+        assert (ROOT / path).read_text() == text, f'{path} is old: run `python tools/dev/make_model_index.py`'
 
 
 def test_the_index_is_well_formed():

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import mmdet
 import torch
-from benchmarking import last_checkpoint
 from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
 
 import mmkd_plugin
-from mmkd_plugin.measure import measure
-from mmkd_plugin.student import build_student, export_student, plain_config
+from mmkd_plugin.deploy.cost import measure
+from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
 PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
 ARMS = {
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()
     began = time.time()
-    subprocess.run([sys.executable, 'tools/make_digits.py'], check=True)
+    subprocess.run([sys.executable, 'tools/dataset_converters/make_digits.py'], check=True)
     runs = {arm: [run_arm(arm, seed, args.work_dir) for seed in ([0] if arm == 'teacher' else args.seeds)]
             for arm in ARMS if arm in args.arms}
     measure_together(runs)
@@ -88,7 +88,7 @@ def run_arm(arm: str, seed: int, root: Path) -> dict:
     options = dict(work_dir=str(work_dir), randomness=dict(seed=seed))
     cfg = Config.fromfile(ARMS[arm])
     if 'teacher_ckpt' in cfg.model:
-        options['model.teacher_ckpt'] = str(last_checkpoint(root / 'teacher'))
+        options['model.teacher_ckpt'] = str(find_latest_checkpoint(root / 'teacher'))
     cfg.merge_from_dict(options)
     work_dir.mkdir(parents=True, exist_ok=True)
     config, done, state = work_dir / 'config.py', work_dir / 'result.json', work_dir / 'state.sha256'
@@ -102,7 +102,7 @@ def run_arm(arm: str, seed: int, root: Path) -> dict:
           + (['--resume'] if same else []), work_dir / 'train.log')
 
     exported, plain = work_dir / 'student.pth', work_dir / 'plain_config.py'
-    export_student(cfg, str(last_checkpoint(work_dir)), str(exported), overwrite=True)
+    export_student(cfg, str(find_latest_checkpoint(work_dir)), str(exported), overwrite=True)
     plain_config(cfg).dump(plain)
     tested = work_dir / 'test'
     run([sys.executable, '-W', 'ignore', PLAIN_TEST, plain, exported, '--work-dir', tested], work_dir / 'test.log')

@@ -8,14 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarking import environment, markdown
 from mmengine.config import Config, DictAction
 
 from mmkd_plugin.compat import StackError
-from mmkd_plugin.onnx_export import check_onnx, export_onnx
-from mmkd_plugin.sample_batch import sample_batch
-from mmkd_plugin.student import build_student, export_student, image_channels, plain_config
-from mmkd_plugin.student_report import COLUMNS, report_student, rows
+from mmkd_plugin.deploy.environment import environment, markdown
+from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx
+from mmkd_plugin.deploy.report import COLUMNS, report_student, rows
+from mmkd_plugin.deploy.sample_batch import sample_batch
+from mmkd_plugin.deploy.student import build_student, export_student, image_channels, plain_config
 
 
 def main() -> None:

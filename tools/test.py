@@ -9,8 +9,8 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
-from mmkd_plugin.preflight import missing_inputs
-from mmkd_plugin.student import build_student, plain_config
+from mmkd_plugin.config.preflight import missing_inputs
+from mmkd_plugin.deploy.student import build_student, plain_config
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,8 +9,8 @@ from mmengine.device import is_cuda_available
 from mmengine.runner import Runner
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
-from mmkd_plugin.preflight import missing_inputs
-from mmkd_plugin.resume import add_safety_hooks, checkpoints_in, resume_from
+from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
+from mmkd_plugin.config.preflight import missing_inputs
 
 
 def parse_args() -> argparse.Namespace:

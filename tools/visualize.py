@@ -20,12 +20,18 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import BaseDataElement
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
-from mmkd_plugin.checkpoint import read_checkpoint
-from mmkd_plugin.engine.distill_pictures import draw_predictions, draw_views, look, rgb_image, stack
-from mmkd_plugin.engine.distill_visualization_hook import _check_drawable
+from mmkd_plugin.checkpoints.reading import read_checkpoint
+from mmkd_plugin.deploy.sample_batch import as_tested
+from mmkd_plugin.deploy.student import plain_config
 from mmkd_plugin.models.algorithms import TeacherStudentDistill
-from mmkd_plugin.sample_batch import as_tested
-from mmkd_plugin.student import plain_config
+from mmkd_plugin.visualization.distill_pictures import (
+    check_drawable,
+    draw_predictions,
+    draw_views,
+    look,
+    rgb_image,
+    stack,
+)
 
 
 def main() -> None:
@@ -77,7 +83,7 @@ def build_start(cfg: Config) -> TeacherStudentDistill:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     set_random_seed(cfg.get('randomness', {}).get('seed') or 0)
     model = MODELS.build(cfg.model)
-    _check_drawable(model)
+    check_drawable(model)
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel('ERROR')  # it would name every weight

@@ -3,7 +3,7 @@
 _base_ = '../digits/retinanet_r18-c32_digits.py'
 
 data_root = 'data/clothing/'
-data_command = 'python tools/make_fashion.py'
+data_command = 'python tools/dataset_converters/make_fashion.py'
 metainfo = dict(classes=('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
                          'Ankle boot'))
 

@@ -5,7 +5,7 @@ from mmengine.registry import DATASETS
 from mmrazor.models.task_modules import RecorderManager
 from torch import Tensor, nn
 
-from ..cfg_path import build_cfg_path, read_cfg_path
+from ..config.cfg_path import build_cfg_path, read_cfg_path
 from ..models.algorithms.inherit import num_classes
 from ..models.area_detectors.heatmap_anchor import level_stride
 from ..models.recording import record_blank_image

@@ -168,7 +168,7 @@ def test_the_tool(monkeypatch, capsys, tmp_path):
     def run(*options):
         monkeypatch.setattr('sys.argv', [
             'make_digits.py', '--root', str(tmp_path / 'd'), '--num-train', '2', '--num-val', '1', *options])
-        runpy.run_path(str(ROOT / 'tools/make_digits.py'), run_name='__main__')
+        runpy.run_path(str(ROOT / 'tools/dataset_converters/make_digits.py'), run_name='__main__')
         return capsys.readouterr().out
 
     assert 'made' in run()

@@ -1,6 +1,6 @@
-# Real handwritten digits on photographs; `python tools/make_digits.py` makes them.
+# Real handwritten digits on photographs; `python tools/dataset_converters/make_digits.py` makes them.
 data_root = 'data/digits/'
-data_command = 'python tools/make_digits.py'
+data_command = 'python tools/dataset_converters/make_digits.py'
 metainfo = dict(classes=tuple('0123456789'))
 
 train_pipeline = [

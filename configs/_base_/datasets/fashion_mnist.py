@@ -1,7 +1,7 @@
 # Fashion-MNIST in three parts: the first 50,000 training images to learn from, the last 10,000 to tune on, and the test
-# images, which only reported runs see. `python tools/make_fashion.py` makes it.
+# images, which only reported runs see. `python tools/dataset_converters/make_fashion.py` makes it.
 data_root = 'data/fashion_mnist'
-data_command = 'python tools/make_fashion.py'
+data_command = 'python tools/dataset_converters/make_fashion.py'
 data_preprocessor = dict(mean=[72.80], std=[89.96], to_rgb=False)
 
 train_dataloader = dict(

@@ -20,8 +20,8 @@ class Renormalize(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
-        self.reverse = _reverses_channels(student) != _reverses_channels(teacher)
-        (mean_s, std_s), (mean_t, std_t) = _statistics(student), _statistics(teacher)
+        self.reverse = reverses_channels(student) != reverses_channels(teacher)
+        (mean_s, std_s), (mean_t, std_t) = pixel_statistics(student), pixel_statistics(teacher)
         if self.reverse:
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
         self.register_buffer('factor', std_s / std_t)
@@ -54,11 +54,11 @@ class Renormalize(nn.Module):
         return torch.where((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), out, inputs)
 
 
-def _reverses_channels(preprocessor: nn.Module) -> bool:
+def reverses_channels(preprocessor: nn.Module) -> bool:
     return bool(getattr(preprocessor, '_channel_conversion', False) or getattr(preprocessor, 'to_rgb', False))
 
 
-def _statistics(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+def pixel_statistics(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
     if getattr(preprocessor, '_enable_normalize', False):
         return preprocessor.mean.detach().clone(), preprocessor.std.detach().clone()
     return torch.zeros(1, 1, 1), torch.ones(1, 1, 1)

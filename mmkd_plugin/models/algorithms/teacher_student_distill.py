@@ -8,11 +8,10 @@ from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmrazor.models.algorithms import SingleTeacherDistill
 from mmrazor.models.utils import add_prefix
-from mmrazor.registry import MODELS as RAZOR_MODELS
 from torch import Tensor, nn
 
-from ...cfg_path import build_cfg_path
-from ...checkpoint import STUDENT_PREFIX, load_completely
+from ...checkpoints.reading import STUDENT_PREFIX, load_completely
+from ...config.cfg_path import build_model
 from ...registry import MODELS
 from ..distillers.layer_distiller import exact_zero
 from ..recording import PartialForward, check_sources, check_wiring, layers_in_place, write_in_place
@@ -90,11 +89,11 @@ class TeacherStudentDistill(SingleTeacherDistill):
         # One that the teacher's library makes up by default says nothing about the images it was trained on.
         states_preprocessor = not isinstance(teacher, dict) or bool(
             teacher.get('cfg_path') or teacher.get('data_preprocessor'))
-        architecture = _build('architecture', architecture, trust_checkpoint)
+        architecture = build_model('architecture', architecture, trust_checkpoint)
 
         # The student's random start is the one it has when trained alone with the same seed.
         with torch.random.fork_rng(devices=[]):
-            teacher = _build('teacher', teacher, trust_checkpoint)
+            teacher = build_model('teacher', teacher, trust_checkpoint)
             if teacher_ckpt:
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
             check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
@@ -280,18 +279,3 @@ def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
                          'it as model.student_ckpt):\n' + '\n'.join(
             [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
             + error_msgs[:20]))
-
-
-def _build(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> BaseModel:
-    """Returns the model of a config, of ``dict(cfg_path=...)``, or the one given."""
-    if not isinstance(model, (dict, BaseModel)):
-        raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}')
-    if isinstance(model, BaseModel):
-        return model
-    if not model.get('cfg_path') or model.get('type'):
-        return RAZOR_MODELS.build(model)
-    dropped = sorted(set(model) - {'cfg_path', 'pretrained'})
-    if dropped:
-        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
-                         f'the config instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
-    return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False), trust_checkpoint)

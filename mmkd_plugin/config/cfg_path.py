@@ -1,0 +1,85 @@
+"""Models by the path of their config: a library's (``mmdet::...``) or a file of one's own."""
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hub import get_config, get_model
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, DefaultScope
+from mmrazor.registry import MODELS as RAZOR_MODELS
+
+from ..checkpoints.reading import load_completely
+from ..utils import closest
+
+
+def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
+    """Returns the config at ``cfg_path``, whose ``model`` has its own ``data_preprocessor``.
+
+    Raises:
+        ValueError: there is no such config; names the closest.
+    """
+    try:
+        cfg = get_config(cfg_path) if '::' in cfg_path else Config.fromfile(cfg_path)
+    except (FileNotFoundError, KeyError, OSError) as error:
+        raise ValueError(f'{field}: no config {cfg_path!r}; {closest(cfg_path, _neighbours(cfg_path))}') from error
+    if 'model' not in cfg:
+        raise ValueError(f'{field}: {cfg_path!r} has no model')
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return cfg
+
+
+def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_checkpoint: bool = False) -> BaseModel:
+    """Builds the model at ``cfg_path``, in the scope of its library.
+
+    Args:
+        cfg_path: as above.
+        field: of the config that names it, for error messages.
+        pretrained: whether to load the library's official weights; all of them must fit.
+        trust_checkpoint: whether these may run code, as in :func:`read_checkpoint`.
+    """
+    cfg = read_cfg_path(cfg_path, field)
+    if '::' in cfg_path:
+        model = get_model(cfg_path)
+        if pretrained:
+            try:
+                weights = get_config(cfg_path, pretrained=True).model_path
+            except (AssertionError, AttributeError) as error:
+                raise ValueError(f'{field}: the library has no weights for {cfg_path!r}') from error
+            load_completely(model, weights, f'{field}.pretrained', trust_checkpoint)
+            model._is_init = True
+        return model
+    if pretrained:
+        raise ValueError(f'{field}: pretrained=True is for a library\'s config, not for the file {cfg_path!r}')
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        return MODELS.build(cfg.model)
+
+
+def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> BaseModel:
+    """Returns the model of a config, of ``dict(cfg_path=...)``, or the one given.
+
+    Raises:
+        ValueError: ``model`` is neither, or has options beside ``cfg_path``.
+    """
+    if not isinstance(model, (dict, BaseModel)):
+        raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}')
+    if isinstance(model, BaseModel):
+        return model
+    if not model.get('cfg_path') or model.get('type'):
+        return RAZOR_MODELS.build(model)
+    dropped = sorted(set(model) - {'cfg_path', 'pretrained'})
+    if dropped:
+        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
+                         f'the config instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
+    return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False), trust_checkpoint)
+
+
+def _neighbours(cfg_path: str) -> list[str]:
+    package, _, path = cfg_path.rpartition('::')
+    if package:
+        from mmengine.utils import get_installed_path, is_installed
+        root = Path(get_installed_path(package)) / '.mim/configs' if is_installed(package) else Path('no package')
+    else:
+        root = Path(path).parent
+    found = [file.relative_to(root).as_posix() for file in root.rglob('*.py')] if package else [
+        file.as_posix() for file in root.glob('*.py')]
+    return [f'{package}::{name}' if package else name for name in found]

@@ -1,0 +1,123 @@
+"""Finds missing data and weights before a training starts, not an epoch into it."""
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+from ..checkpoints.reading import read_checkpoint
+from ..checkpoints.unpickler import RefusedError
+from .cfg_path import read_cfg_path
+
+_WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'modelzoo://')
+
+
+def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = False) -> list[str]:
+    """Returns a sentence for each file that is not there, cannot be had or is refused.
+
+    It says what is missing, where it was looked for and which option supplies it. MMEngine's own loader, which
+    runs what is in a file, is later given only weights that :func:`read_checkpoint` has read here.
+
+    Args:
+        cfg: the whole config.
+        training: whether to look at what training needs, or only at test data.
+        trust_checkpoint: whether weights may run code when they are loaded, as ``model.trust_checkpoint``.
+    """
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    loaders = ('train_dataloader', 'val_dataloader') if training else ('test_dataloader', )
+    evaluators = ('val_evaluator', ) if training else ('test_evaluator', )
+    found = [sentence for name in loaders if cfg.get(name)
+             for sentence in _missing_data(cfg[name].get('dataset', {}), f'{name}.dataset')]
+    for name in evaluators:
+        metrics = cfg.get(name) or []
+        for metric in metrics if isinstance(metrics, list) else [metrics]:
+            ann_file = metric.get('ann_file')
+            if ann_file and not metric.get('backend_args') and not Path(ann_file).exists():
+                found.append(_sentence(f'{name}.ann_file', ann_file))
+    if found and cfg.get('data_command'):
+        found.append(f'To make this data: {cfg.data_command}')
+    return found + (
+        list(_missing_weights(cfg, trust_checkpoint)) if training else [])
+
+
+def _sentence(option: str, path: str | Path, why: str = '') -> str:
+    return (f'{option} is not there: looked for {str(path)!r}'
+            f'{f" in {Path.cwd()}" if not (why or Path(path).is_absolute()) else ""}{why}; '
+            f'supply it with --cfg-options {option}=PATH')
+
+
+def _missing_data(dataset: dict, option: str) -> Iterator[str]:
+    for key in ('dataset', 'datasets'):  # wrappers such as RepeatDataset and ConcatDataset
+        inner = dataset.get(key, [])
+        for index, child in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
+            place = f'{option}.{key}' + (f'.{index}' if isinstance(inner, (list, tuple)) else '')
+            yield from _missing_data(child, place)
+    if dataset.get('backend_args') or downloads(dataset):
+        return  # not on this machine's disk, or not yet
+    root = Path(dataset.get('data_root') or '')
+    if dataset.get('data_root') and not root.exists():
+        yield _sentence(f'{option}.data_root', root)
+        return
+    parts = {f'{option}.ann_file': dataset.get('ann_file')}
+    prefix = dataset.get('data_prefix') or {}
+    parts.update({f'{option}.data_prefix.{key}': value for key, value in prefix.items()}
+                 if isinstance(prefix, dict) else {f'{option}.data_prefix': prefix})
+    for name, part in parts.items():
+        if part and not (root / part).exists():
+            yield _sentence(name, root / part)
+
+
+def downloads(dataset: dict) -> bool:
+    """Whether the dataset fetches itself, as those of CIFAR and MNIST do."""
+    try:
+        kind = DATASETS.get(str(dataset.get('type')))
+    except Exception:  # whatever is wrong with the type is said where it is built
+        kind = None
+    return kind is not None and 'download' in signature(kind).parameters and dataset.get('download', True)
+
+
+def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
+    model = cfg.model
+    trust = trust or model.get('trust_checkpoint', False)
+    for name in ('teacher_ckpt', 'student_ckpt'):
+        if model.get(name):
+            yield from _missing_file(model[name], f'model.{name}', trust)
+    if cfg.get('load_from'):
+        yield from _missing_file(cfg.load_from, 'load_from', trust, cfg.get('resume', False))
+    if not model.get('student_ckpt'):
+        student = model.get('architecture', model)
+        if student.get('cfg_path'):  # nothing within it can be set from outside
+            found = list(_missing_pretrained(read_cfg_path(student.cfg_path, 'architecture').model, 'its backbone',
+                                              trust))
+            yield from (f'{sentence.split("; supply it")[0]}; supply the whole student with --cfg-options '
+                        'model.student_ckpt=PATH, or inherit its config' for sentence in found)
+        else:
+            yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model', trust)
+
+
+def _missing_pretrained(node: dict | list, option: str, trust: bool) -> Iterator[str]:
+    if isinstance(node, dict) and str(node.get('type')).endswith('Pretrained') and node.get('checkpoint'):
+        yield from _missing_file(node['checkpoint'], f'{option}.checkpoint', trust)
+        return
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            yield from _missing_pretrained(value, f'{option}.{key}', trust)
+
+
+def _missing_file(path: str, option: str, trust: bool, resume: bool = False) -> Iterator[str]:
+    if not path.startswith(_WEIGHTS) and not Path(path).exists():
+        yield _sentence(option, path)
+        return
+    try:
+        content = read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
+    except ValueError as error:
+        if isinstance(error.__cause__, RefusedError) or not path.startswith(_WEIGHTS):
+            yield str(error)
+        else:
+            yield _sentence(option, path, f' ({error.__cause__})')
+        return
+    if resume and not trust and 'config' in content.get('meta', {}):
+        yield (f'{option}: {path!r} is refused: to resume, MMEngine would run the config in its meta as Python. If you '
+               'trust whoever made it, allow that with --trust-checkpoint')

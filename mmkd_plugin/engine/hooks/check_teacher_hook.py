@@ -1,0 +1,102 @@
+"""Is the teacher what it is said to be, and better than its student?"""
+from math import isfinite
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner, autocast
+from mmengine.runner.loops import ValLoop
+
+from ...config.metafile import metafile_metrics
+from ...models.algorithms import TeacherStudentDistill
+from ...models.algorithms.inherit import num_classes
+from ...models.recording import undisturbed
+from ...registry import HOOKS
+from ...utils import check_number
+
+_SLACK = 0.05  # below what is known, relative to it, before it is worth a warning
+
+
+@HOOKS.register_module()
+class CheckTeacherHook(Hook):
+    """Evaluates the teacher on the validation set before the first step, and warns when the student has caught up.
+
+    The teacher gets its images as in distillation: made by the student's preprocessor and renormalised, so
+    that a wrong checkpoint, normalisation or channel order shows. Its metrics are logged beside those that are known
+    of it. ``tools/train.py --check-teacher`` adds this hook. Training stays the same to the bit.
+
+    Args:
+        expected: known metrics by the name that the evaluator gives them, such as ``{'coco/bbox_mAP': 0.365}``; by
+            default those in the metafile of a teacher by ``cfg_path`` of MMDetection or MMPretrain.
+
+    Raises:
+        ValueError: ``expected`` is no dict of numbers; at the start of training: there is no teacher, no validation
+            set, or the teacher tells other classes apart than it holds.
+    """
+
+    def __init__(self, expected: dict[str, float] | None = None) -> None:
+        if not isinstance(expected or {}, dict):
+            raise ValueError(f'CheckTeacherHook.expected must be a dict of metrics by name, got {expected!r}')
+        self.expected = {name: check_number(f'CheckTeacherHook.expected[{name!r}]', value)
+                         for name, value in (expected or {}).items()}
+        self.teacher: dict[str, float] = {}
+        self.best: float | None = None
+        self.told = False
+
+    def before_train(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not isinstance(model, TeacherStudentDistill):
+            raise ValueError(f'CheckTeacherHook: a {type(model).__name__} has no teacher')
+        if runner._val_loop is None:
+            raise ValueError('CheckTeacherHook: the teacher is evaluated on the validation set, but the config has no '
+                             'val_dataloader, val_evaluator and val_cfg')
+        classes = num_classes(model.student), num_classes(model.teacher)
+        if classes[0] != classes[1]:
+            raise ValueError(f'CheckTeacherHook: the validation set is of the student\'s {classes[0]} classes, and the '
+                             f'teacher tells {classes[1]} apart')
+        with undisturbed(model):
+            metrics = evaluate_teacher(model, runner.val_loop)
+        self.teacher = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+        self._compare_with_known(runner)
+
+    def _compare_with_known(self, runner: Runner) -> None:
+        known, source = self.expected, 'expected'
+        if not known:
+            teacher = runner.cfg.get('model', {}).get('teacher', {})
+            known, source = metafile_metrics(str(teacher.get('cfg_path'))), 'in its metafile'
+        if not self.teacher:
+            runner.logger.warning('The teacher finds nothing in the validation set.')
+        for name, value in self.teacher.items():
+            beside = f', {source}: {known[name]:.4g}' if name in known else ''
+            runner.logger.info(f'The teacher on the validation set: {name}: {value:.4g}{beside}')
+            if name in known and not value >= known[name] * (1 - _SLACK):
+                runner.logger.warning(
+                    f'The teacher reaches {name} {value:.4g}, not the {known[name]:.4g} {source}. Is it the right '
+                    'checkpoint, do its classes come in the order of the data, are its normalisation, channel '
+                    'order and image size those of this config, and is this the data that the figure is of?')
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Compares the first metric that student and teacher share; MMEngine's ``save_best='auto'`` takes it too."""
+        name = next((name for name in metrics or {} if name in self.teacher and 'loss' not in name), None)
+        if name is None or not isfinite(metrics[name]):
+            return
+        self.best = metrics[name] if self.best is None else max(self.best, metrics[name])
+        if self.best >= self.teacher[name] and not self.told:
+            self.told = True
+            runner.logger.warning(
+                f'The teacher, {name} {self.teacher[name]:.4g}, is no better than the student\'s best, '
+                f'{self.best:.4g}: it has little left to teach. Take a better one, or end the distillation '
+                '(mmrazor.StopDistillHook).')
+
+
+def evaluate_teacher(model: TeacherStudentDistill, loop: ValLoop) -> dict[str, float]:
+    """Returns the metrics of the teacher, fed as in distillation, on the data and with the evaluator of ``loop``.
+
+    The caller sees to eval mode and random states.
+    """
+    for batch in loop.dataloader:
+        with autocast(enabled=getattr(loop, 'fp16', False)):
+            data = model.data_preprocessor(batch, False)
+            inputs = model.teacher_inputs(data['inputs'], data['data_samples'])
+            outputs = model.teacher(inputs, data['data_samples'], mode='predict')
+        loop.evaluator.process(data_samples=outputs, data_batch=batch)
+    return loop.evaluator.evaluate(len(loop.dataloader.dataset))

@@ -1,0 +1,94 @@
+"""Pictures of a distillation, in the visualizer of the run."""
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from ...models.recording import undisturbed
+from ...registry import HOOKS
+from ...utils import check_number
+from ...visualization.distill_pictures import check_drawable, draw_policy, draw_views, look, path_of, rgb_image
+
+_HISTORY = 'policy_history'  # in the message hub, which checkpoints keep
+
+
+@HOOKS.register_module()
+class DistillVisualizationHook(Hook):
+    """Draws what student and teacher see in the first images of the validation set, and what DAFA has learned.
+
+    Pictures go to all ``vis_backends`` of the visualizer, such as files and TensorBoard, under these names:
+
+    ``distill_0``, ``distill_1``, ...
+        One an image, with a row for each map of the distiller's layers: the attention (mean square over
+        channels) of teacher and student; with DAM, the heatmap that it sees in each and its areas; with AMD, the
+        positive and the negative map that it makes of each.
+    ``distill_policy``
+        With DAFA: over the iterations, the chance that a batch gets an operation, and how undecided the selection
+        is. It goes on after a resume, and ends where the search does.
+
+    Both are drawn before training, every ``interval`` iterations and after the last one. The forwards are the
+    hook's own, in eval mode and float32: training is to the bit the same as without it, and costs nothing more
+    between pictures. The chances and their iterations are in the message hub too, as ``policy_history``.
+
+    Args:
+        interval: in iterations.
+        num_images: at most so many images.
+
+    Raises:
+        ValueError: an argument is no positive whole number; before training: the model is no
+            :class:`TeacherStudentDistill`, its distiller has no feature maps to draw, or there is no validation set.
+    """
+
+    def __init__(self, interval: int = 1000, num_images: int = 2) -> None:
+        self.interval = check_number('DistillVisualizationHook.interval', interval, least=1, whole=True)
+        self.num_images = check_number('DistillVisualizationHook.num_images', num_images, least=1, whole=True)
+
+    def before_train(self, runner: Runner) -> None:
+        self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        check_drawable(self.model)
+        if runner.val_loop is None:
+            raise ValueError('DistillVisualizationHook draws images of the validation set, but val_dataloader is None; '
+                             'give the config one, or take the hook out')
+        if not is_main_process():
+            return
+        loader = runner.val_loop.dataloader
+        with undisturbed(self.model):
+            items = [loader.dataset[i] for i in range(min(self.num_images, len(loader.dataset)))]
+        self.batches = [loader.collate_fn([item]) for item in items]
+        self.images = [rgb_image(item, self.model.data_preprocessor) for item in items]
+        self.names = [Path(path_of(item) or f'image {i} of the validation set').name for i, item in enumerate(items)]
+        self.policy = getattr(self.model.distiller, 'dafa', None)
+        self.history = runner.message_hub.get_info(_HISTORY) or dict(states={}, frozen=None)
+        self._draw_images(runner, runner.iter)
+        if self.policy is not None:
+            self._draw_policy(runner, runner.iter)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                         outputs: dict | None = None) -> None:
+        if not is_main_process():
+            return
+        due = self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
+        if due:
+            self._draw_images(runner, runner.iter + 1)
+        if self.policy is not None and self.history['frozen'] is None:
+            if self.policy.frozen:
+                self._draw_policy(runner, runner.iter)  # frozen before this iteration
+            elif due:
+                self._draw_policy(runner, runner.iter + 1)
+
+    def _draw_images(self, runner: Runner, iteration: int) -> None:
+        for i, (batch, image, name) in enumerate(zip(self.batches, self.images, self.names)):
+            with undisturbed(self.model):
+                data = self.model.data_preprocessor(batch, False)
+                views = look(self.model, data['inputs'], data.get('data_samples'), image.shape[:2])
+            picture = draw_views(image, views, f'{name}, after {iteration} iterations')
+            runner.visualizer.add_image(f'distill_{i}', picture, iteration)
+
+    def _draw_policy(self, runner: Runner, iteration: int) -> None:
+        if self.history['frozen'] is None:
+            self.history['states'][iteration] = self.policy.state()
+            self.history['frozen'] = iteration if self.policy.frozen else None
+            runner.message_hub.update_info(_HISTORY, self.history)
+        runner.visualizer.add_image('distill_policy', draw_policy(**self.history), iteration)

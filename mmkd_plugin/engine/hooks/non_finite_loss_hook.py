@@ -1,0 +1,113 @@
+"""Stops a training whose loss is no number, before the weights are none either."""
+import math
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from torch import nn
+
+from ...registry import HOOKS
+
+PATIENCE = 50  # iterations in a row that a gradient scaler may skip; each halves its scale, which begins at 2^16
+
+
+@HOOKS.register_module()
+class NonFiniteLossHook(Hook):
+    """Raises before the optimiser step when a loss is NaN or infinite; the weights are still those of the step before.
+
+    The error names the losses, the iteration, and shape, range and mean of the batch, with its images.
+    Where a gradient scaler (``AmpOptimWrapper``) skips the step, as it does when its scale is too large, the
+    run goes on, but not for 50 iterations in a row. On a GPU the answer is fetched while the backward pass runs, so
+    that nothing waits for it. Of several processes all stop, lest one of them saves what the others' gradients have
+    spoilt.
+
+    Raises:
+        FloatingPointError: as said, in the training step.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        self.step: _Step | None = None
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        self.scaled = any(hasattr(wrapper, 'loss_scaler') for wrapper in _wrappers(runner.optim_wrapper))
+        self.skipped = 0
+        take_step = runner.optim_wrapper.step
+
+        def checked_step(*args, **kwargs) -> None:
+            if not self.scaled:
+                self._check(runner.iter)
+            take_step(*args, **kwargs)
+
+        runner.optim_wrapper.step = checked_step  # torch's own step hooks are off once anything is compiled
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
+                         outputs: dict | None = None) -> None:
+        if self.scaled and self.step is not None:
+            self.skipped = 0 if self.step.finite() else self.skipped + 1
+        if not self.scaled or self.skipped == PATIENCE:
+            self._check(runner.iter)  # an accumulating iteration has no step
+        self.step = None
+
+    def after_train(self, runner: Runner) -> None:
+        self.handle.remove()
+        del runner.optim_wrapper.step
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, output: dict) -> None:
+        if kwargs.get('mode') == 'loss' and isinstance(output, dict):
+            self.step = _Step(output, kwargs)
+
+    def _check(self, iteration: int) -> None:
+        step, self.step = self.step, None
+        if step is not None and not step.finite():
+            raise FloatingPointError(f'iteration {iteration + 1}: {step.report()}')
+
+
+class _Step:
+    """The losses of one step, and whether they are finite.
+
+    Args:
+        losses: tensors, or lists of them, by name; what has no ``loss`` in its name is only logged.
+        batch: the preprocessed images, ``inputs``, and their ``data_samples``.
+    """
+
+    def __init__(self, losses: dict, batch: dict) -> None:
+        self.batch = batch
+        self.losses = {
+            name: sum(part.detach().float().sum() for part in (value if isinstance(value, (list, tuple)) else [value]))
+            for name, value in losses.items() if 'loss' in name}
+        total = sum(self.losses.values()) if self.losses else torch.zeros(())
+        finite = total.isfinite().float()
+        all_reduce(finite, 'min')
+        self.finite_flag = finite.to('cpu', non_blocking=True)
+        self.fetched = torch.cuda.Event() if total.is_cuda else None
+        if self.fetched:
+            self.fetched.record()
+
+    def finite(self) -> bool:
+        if self.fetched:
+            self.fetched.synchronize()
+        return bool(self.finite_flag)
+
+    def report(self) -> str:
+        values = {name: float(value) for name, value in self.losses.items()}
+        broken = ', '.join(f'{name} is {value}' for name, value in values.items() if not math.isfinite(value))
+        others = ', '.join(f'{name} {value:.4g}' for name, value in values.items() if math.isfinite(value))
+        broken = broken or 'their sum, or a loss of another process, is not finite'
+        return f'{broken} (finite: {others or "none"}). {self._inputs()}'
+
+    def _inputs(self) -> str:
+        inputs = self.batch.get('inputs')
+        if not torch.is_tensor(inputs):
+            return f'The inputs are {type(inputs).__name__}'
+        x = inputs.detach().float()
+        paths = [sample.get('img_path') for sample in self.batch.get('data_samples') or []]
+        return (f'The inputs have shape {tuple(x.shape)}, range {x.min():.4g} to {x.max():.4g}, mean {x.mean():.4g}, '
+                f'{int((~x.isfinite()).sum())} values that are not finite'
+                + (f', and come from {", ".join(map(str, paths))}' if any(paths) else ''))
+
+
+def _wrappers(wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:
+    return list(wrapper.optim_wrappers.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]

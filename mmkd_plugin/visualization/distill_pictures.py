@@ -1,0 +1,292 @@
+"""What student and teacher see in one image, and what DAFA has learned, as pictures: (H, W, 3) uint8, RGB."""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from mmengine.model import BaseDataPreprocessor
+from mmengine.structures import BaseDataElement
+from mmengine.visualization.utils import img_from_canvas
+from mmrazor.models.task_modules import RecorderManager
+from torch import Tensor, nn
+
+from ..models.algorithms import TeacherStudentDistill
+from ..models.algorithms.renormalize import reverses_channels
+from ..models.area_detectors.heatmap_anchor import level_stride
+from ..models.losses import AMDLoss
+from ..models.losses.amd_loss import _Patches, _project
+from ..models.recording import PartialForward
+
+
+class MapView(NamedTuple):
+    """What is seen in one feature map of one image, whose h x w cells end where the image does."""
+    name: str  # of the layer, and the level where there are several
+    stride: tuple[float, float]  # pixels per cell, x and y
+    t_attention: np.ndarray  # (h, w), mean square over channels
+    s_attention: np.ndarray
+    t_heatmap: np.ndarray | None = None  # (h, w), DAM's, in [0, 1]
+    s_heatmap: np.ndarray | None = None
+    boxes: np.ndarray | None = None  # (n, 4), DAM's areas, x1 y1 x2 y2 in pixels, the best first
+    scores: np.ndarray | None = None  # (n, )
+    t_positive: np.ndarray | None = None  # (h, w), AMD's logits without their scale: cos(m acos Q), at most 1
+    s_positive: np.ndarray | None = None
+    t_negative: np.ndarray | None = None  # 1 - Q, in [0, 1]
+    s_negative: np.ndarray | None = None
+
+
+def check_drawable(model: nn.Module) -> None:
+    """Raises ``ValueError`` unless the model distils feature maps."""
+    if not isinstance(model, TeacherStudentDistill):
+        raise ValueError('DistillVisualizationHook draws what a mmkd_plugin.TeacherStudentDistill sees, but the model '
+                         f'is a {type(model).__name__}; take the hook out')
+    if not getattr(model.distiller, 'pairs', ()):
+        raise ValueError('DistillVisualizationHook: there are no feature maps to draw, as '
+                         f'{type(model.distiller).__name__} names none: give an AMDDistiller or SoKDDistiller '
+                         'layers=[...], or take the hook out')
+
+
+def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None,
+         image_shape: tuple[int, int]) -> list[MapView]:
+    """Returns what is seen in each map of the distiller's layers, by forwards that go no further than these.
+
+    The teacher is not augmented. Nothing is left behind in the model, if it is in eval mode.
+
+    Args:
+        model: the algorithm.
+        inputs: (1, C, H, W), as the preprocessor makes it.
+        data_samples: of the image, likewise.
+        image_shape: (h, w) of the image in the upper left of the padded ``inputs``.
+    """
+    distiller = model.distiller
+    features = {pair.student: pair for pair in getattr(distiller, 'features', ())}
+    calls = {entry['recorder']: entry.get('record_idx', 0) + 1 for pair in features.values() for entry in pair.phi}
+    students, teachers = zip(*distiller.pairs)
+    views = []
+    try:
+        _record(model.student, distiller.student_recorders, students, calls, inputs, data_samples)
+        _record(model.teacher, distiller.teacher_recorders, teachers, {}, model.teacher_inputs(inputs, data_samples),
+                data_samples)
+        for student, teacher in distiller.pairs:
+            s_maps, t_maps = distiller.maps(student, True), distiller.maps(teacher, False)
+            found = [None] * len(t_maps)
+            if student in features and features[student].name in distiller.dams:
+                adapted = [distiller.get_record(**entry) for entry in features[student].phi]
+                found = distiller.dams[features[student].name].detect(adapted, list(t_maps))
+            for level, (s_map, t_map, areas) in enumerate(zip(s_maps, t_maps, found)):
+                name = student + (f', level {level}' if len(t_maps) > 1 else '')
+                amd = _amd_of(distiller, student, level)
+                views.append(_view(name, s_map, t_map, areas, amd, inputs.shape[2:], image_shape))
+    finally:
+        model._forget_records()
+    return views
+
+
+def _record(network: nn.Module, recorders: RecorderManager, names: Sequence[str], calls: dict[str, int],
+            inputs: Tensor, data_samples: list | None) -> None:
+    """Fills the recorders of these names, and no delivery."""
+    wanted = RecorderManager()
+    wanted.recorders.update({name: recorders.get_recorder(name) for name in names})
+    forward = PartialForward(network, wanted, calls)
+    try:
+        forward(inputs, data_samples)
+    finally:
+        forward.remove()
+
+
+def _amd_of(distiller: nn.Module, layer: str, level: int) -> AMDLoss | None:
+    """Returns the AMD loss of a map of the student, if there is one."""
+    for name, loss in distiller.distill_losses.items():
+        source = distiller.loss_forward_mappings.get(name, {}).get('s_feature', {})
+        if isinstance(loss, AMDLoss) and (source.get('recorder'), source.get('data_idx', 0)) == (layer, level):
+            return loss
+    return None
+
+
+def _amd_maps(amd: AMDLoss, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the positive and the negative logit of steps 3 and 4 of :class:`AMDLoss`, (N, H, W), over its scale."""
+    cosine = _project(attention, _Patches(1, attention) if amd.scale_free else None)
+    return torch.cos(amd.margin * torch.acos(cosine.clamp(max=1))), 1 - cosine
+
+
+def _view(name: str, s_map: Tensor, t_map: Tensor, areas: dict[str, Tensor] | None, amd: AMDLoss | None,
+          padded: tuple[int, int], image_shape: tuple[int, int]) -> MapView:
+    strides = [level_stride(*lengths) for lengths in zip(padded, t_map.shape[2:])]
+    rows, columns = (int(-(-length // stride)) for length, stride in zip(image_shape, strides))
+
+    def cut(x: Tensor) -> np.ndarray:
+        return x[0, :rows, :columns].float().cpu().numpy()
+
+    attention = [x.float().square().mean(1) for x in (t_map, s_map)]
+    view = MapView(name, tuple(strides[::-1]), *map(cut, attention))
+    if amd is not None and s_map.shape[2:] == t_map.shape[2:]:
+        (t_positive, t_negative), (s_positive, s_negative) = (map(cut, _amd_maps(amd, x)) for x in attention)
+        view = view._replace(t_positive=t_positive, t_negative=t_negative, s_positive=s_positive,
+                             s_negative=s_negative)
+    if areas is None:
+        return view
+    boxes, scores = (areas[key][0][areas['valid'][0]].cpu().numpy() for key in ('boxes', 'scores'))
+    return view._replace(t_heatmap=cut(areas['t_heatmap']), s_heatmap=cut(areas['s_heatmap']),
+                         boxes=boxes * (view.stride * 2), scores=scores)
+
+
+def path_of(item: dict) -> str | None:
+    """Returns the file that an item of a data set was read from, if it was."""
+    return getattr(item.get('data_samples'), 'metainfo', {}).get('img_path')
+
+
+def rgb_image(item: dict, preprocessor: BaseDataPreprocessor) -> np.ndarray:
+    """Returns the image of an item of a data set, as it is before the preprocessor normalises and pads it.
+
+    MMCV reads files as BGR. A data set that holds its images in memory (CIFAR) has no path; its are RGB unless
+    the preprocessor reverses them. What a pipeline has normalised is stretched from black to white.
+    """
+    image = item['inputs'].cpu()
+    if image.dtype != torch.uint8:
+        image = image - image.min()
+        image = (image / image.max().clamp(min=1e-12) * 255).byte()
+    if len(image) != 3:
+        image = image[:1].expand(3, -1, -1)
+    elif path_of(item) or reverses_channels(preprocessor):
+        image = image.flip(0)
+    return image.permute(1, 2, 0).numpy()
+
+
+def draw_views(image: np.ndarray, views: Sequence[MapView], title: str) -> np.ndarray:
+    """Draws views of an (H, W, 3) image, a row each."""
+    height, width = image.shape[:2]
+    grey = image.mean(2)
+    names = ['image'] + [f'attention of the {side}\nblue: lowest, red: highest of the map'
+                         for side in ('teacher', 'student')]
+    if views[0].t_heatmap is not None:
+        names[0] = "DAM's areas\nthe bolder, the higher their score"
+        names += [f"DAM's heatmap of the {side}\nblue: 0, red: 1" for side in ('teacher', 'student')]
+    if views[0].t_positive is not None:
+        names += [f"AMD's {sign} map of the {side}\nblue: lowest, red: highest of both" for sign in (
+            'positive', 'negative') for side in ('teacher', 'student')]
+    panel = 2.8, 2.8 * min(max(height / width, 0.15), 2)  # inches
+    figure = Figure((panel[0] * len(names) + 1.5, (panel[1] + 0.3) * len(views) + 0.8), dpi=100, layout='compressed')
+    figure.suptitle(title, parse_math=False)
+    grid = figure.subplots(len(views), len(names), squeeze=False)
+    for axes, name in zip(grid[0], names):
+        axes.set_title(name, fontsize='small')
+    for row, view in zip(grid, views):
+        rows, columns = view.t_attention.shape
+        row[0].set_ylabel(f'{view.name}\n{columns} x {rows} cells', fontsize='small', rotation='horizontal', ha='right',
+                          va='center')
+        row[0].imshow(image, extent=(0, width, height, 0))
+        for axes, values in zip(row[1:3], (view.t_attention, view.s_attention)):
+            _overlay(axes, grey, values, view.stride)
+        if view.t_heatmap is not None:
+            _draw_boxes(row[0], view)
+            for axes, values in zip(row[3:5], (view.t_heatmap, view.s_heatmap)):
+                _overlay(axes, grey, values, view.stride, vmin=0, vmax=1)
+                axes.set_xlabel(f'highest {values.max():.2f}', fontsize='small')
+        if view.t_positive is not None:
+            for both, pair in ((row[-4:-2], (view.t_positive, view.s_positive)),
+                               (row[-2:], (view.t_negative, view.s_negative))):
+                low, high = min(map(np.min, pair)), max(map(np.max, pair))
+                for axes, values in zip(both, pair):
+                    _overlay(axes, grey, values, view.stride, vmin=low, vmax=high)
+                    axes.set_xlabel(f'{values.min():.2f} to {values.max():.2f}', fontsize='small')
+        for axes in row:
+            axes.set(xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
+    return _pixels(figure)
+
+
+def _overlay(axes: Axes, grey: np.ndarray, values: np.ndarray, stride: tuple[float, float], **limits: float) -> None:
+    (height, width), (rows, columns) = grey.shape, values.shape
+    axes.imshow(grey, cmap='gray', vmin=0, vmax=255, extent=(0, width, height, 0))
+    axes.imshow(values, cmap='turbo', alpha=0.6, interpolation='bilinear',
+                extent=(0, columns * stride[0], rows * stride[1], 0), **limits)
+
+
+def _draw_boxes(axes: Axes, view: MapView) -> None:
+    best = view.scores.max(initial=0)  # a diverged network has none
+    for (x1, y1, x2, y2), score in zip(view.boxes, view.scores):
+        share = score / best if best > 0 else 1
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime', alpha=0.4 + 0.6 * share,
+                                 linewidth=0.8 + 2 * share))
+    axes.set_xlabel(f'highest score {best:.2f}', fontsize='small')
+
+
+def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement], classes: Sequence[str] | None,
+                     score: float = 0.3) -> np.ndarray:
+    """Draws what each model says of an (H, W, 3) image, side by side: boxes, or the five highest class scores.
+
+    Args:
+        image: as the models got it, but for padding and normalisation.
+        predictions: by the name of the model.
+        classes: their names; None numbers them.
+        score: below it a box is left out.
+    """
+    height, width = image.shape[:2]
+    panel = 3.6, 3.6 * min(max(height / width, 0.4), 2)
+    figure = Figure((panel[0] * len(predictions), panel[1] + 0.5), dpi=100, layout='constrained')
+    for axes, (name, sample) in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions.items()):
+        if 'pred_instances' not in sample:
+            _draw_scores(axes, sample.pred_score, classes)
+            axes.set_title(name, fontsize='small')
+            continue
+        axes.imshow(image)
+        found = sample.pred_instances[sample.pred_instances.scores > score].cpu()
+        scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)[:4]  # boxes are those of the file
+        for (x1, y1, x2, y2), label, value in zip(found.bboxes.numpy() * scale, found.labels.tolist(),
+                                                  found.scores.tolist()):
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime'))
+            axes.text(x1, y1, f'{classes[label] if classes else label} {value:.2f}', fontsize='x-small', va='bottom',
+                      bbox=dict(facecolor='lime', pad=0.5, linewidth=0))
+        axes.set(xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
+        axes.set_title(f'{name}: {len(found)} above {score}', fontsize='small')
+    return _pixels(figure)
+
+
+def _draw_scores(axes: Axes, scores: Tensor, classes: Sequence[str] | None) -> None:
+    values, labels = scores.cpu().topk(min(5, len(scores)))
+    names = [str(classes[label] if classes else label) for label in labels.tolist()]
+    axes.barh(range(len(names)), values.tolist(), tick_label=names)
+    axes.set(xlim=(0, 1), xlabel='score')
+    axes.invert_yaxis()
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns pictures below each other, on white."""
+    width = max(picture.shape[1] for picture in pictures)
+    return np.concatenate([np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+                           for picture in pictures])
+
+
+def draw_policy(states: dict[int, dict[str, float]], frozen: int | None = None) -> np.ndarray:
+    """Draws how a policy went.
+
+    Args:
+        states: by iteration, what :meth:`DAFA.state` returned.
+        frozen: the iteration at which the search ended, if it has.
+    """
+    iterations = sorted(states)
+    curves = {key: [states[i][key] for i in iterations] for key in states[iterations[0]]}
+    chances = {key[2:]: curve for key, curve in curves.items() if key.startswith('p/')}
+    figure = Figure((10, 6.5), dpi=100, layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    colours = {name: f'C{i}' for i, name in enumerate(chances)}  # the same in every picture
+    for name, curve in sorted(chances.items(), key=lambda item: -item[1][-1]):
+        upper.plot(iterations, curve, color=colours[name], marker='.', label=f'{name} {curve[-1]:.1%}')
+    lower.plot(iterations, curves['entropy'], marker='.', color='black')
+    if frozen is not None:
+        for axes in (upper, lower):
+            axes.axvline(frozen, color='black', linestyle='--', label=f'end of search: {frozen}')
+    upper.set(title='DAFA: the operations that batches get', ylabel='chance that a batch gets it',
+              ylim=(0, 1.1 * max(map(max, chances.values()))))
+    upper.yaxis.set_major_formatter(PercentFormatter(1))
+    upper.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+    lower.set(ylabel='entropy of\nselection\n(1: uniform)', xlabel='iterations', ylim=(0, 1.1))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _pixels(figure)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    return img_from_canvas(FigureCanvasAgg(figure))

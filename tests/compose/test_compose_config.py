@@ -1,0 +1,382 @@
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import pytest
+import torch
+from conftest import classifier, retinanet
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+
+from mmkd_plugin.compose import compose
+from mmkd_plugin.compose.network import Network
+from mmkd_plugin.compose.wiring import propose_inherit, propose_layers
+from mmkd_plugin.config.cfg_path import build_cfg_path
+
+ROOT = Path(__file__).parents[2]
+ADDRESS = 'https://example.org/teacher.pth'  # of which nothing is loaded
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_downloaded(monkeypatch):
+    def refuse(address, file):
+        raise AssertionError(address)
+    monkeypatch.setattr('mmkd_plugin.checkpoints.reading._download', refuse)
+
+
+def write(path, model, scope='mmdet', classes='abc', **fields):
+    """Writes a plain config with all that composing reads."""
+    dataset = dict(type='CocoDataset' if scope == 'mmdet' else 'CustomDataset', metainfo=dict(classes=list(classes)))
+    fields = dict(dict(default_scope=scope, model=model, train_dataloader=dict(dataset=dataset),
+                       train_cfg=dict(by_epoch=True, max_epochs=12),
+                       optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01))), **fields)
+    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in fields.items()))
+    return str(path)
+
+
+def detectors(tmp_path, **teacher):
+    return write(tmp_path / 's.py', retinanet(8)), write(tmp_path / 't.py', retinanet(16, **teacher))
+
+
+def composed(student, teacher, tmp_path, method='amd', **options):
+    out = tmp_path / 'composed.py'
+    report = compose(student, teacher, method, options.pop('teacher_ckpt', ADDRESS), str(out), **options)
+    lint = [sys.executable, '-m', 'ruff', 'check', '--config', ROOT / 'pyproject.toml', out]
+    done = subprocess.run(lint, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    return Config.fromfile(out), report, out.read_text()
+
+
+def written(config):
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    return cfg, cfg.model.teacher_ckpt
+
+
+@pytest.mark.parametrize('config, pair, method', [
+    ('amd_retinanet_coco.py', ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+                               'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'), 'amd'),
+    ('sokd_retinanet_coco.py', ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+                                'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'), 'sokd'),
+    ('amd_resnet_imagenet.py', ('mmpretrain::resnet/resnet18_8xb32_in1k.py',
+                                'mmpretrain::resnet/resnet34_8xb32_in1k.py'), 'amd'),
+    ('sokd_resnet_imagenet.py', ('mmpretrain::resnet/resnet18_8xb32_in1k.py',
+                                 'mmpretrain::resnet/resnet34_8xb32_in1k.py'), 'sokd'),
+])
+def test_it_writes_the_config_that_we_wrote(config, pair, method, tmp_path):
+    ours, ckpt = written(config)
+    cfg, report, _ = composed(*pair, tmp_path, method, teacher_ckpt=ckpt)
+    ours.pop('sokd', None)  # a part that others of our configs share
+    ours.model.distiller.pop('adapter', None)  # states a default
+    if config == 'sokd_resnet_imagenet.py':
+        ours.custom_hooks[0].search_epochs = 17  # a sixth of 100; the paper has 5
+    assert cfg.to_dict() == ours.to_dict()
+    assert f'The step had a random teacher: {ckpt} is fetched' in report
+
+
+def test_layers_of_other_names_and_widths(tmp_path):
+    cfg, report, _ = composed('mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
+                              'mmpretrain::resnet/resnet50_8xb32_in1k.py', tmp_path)
+    assert cfg.model.distiller.layers == [
+        ('backbone.layer3', 'backbone.layer2'), ('backbone.layer5', 'backbone.layer3'),
+        ('backbone.conv2', 'backbone.layer4')]
+    row = next(line.split() for line in report.splitlines() if line.startswith('loss_amd_backbone_layer3'))
+    assert row[1:6] == ['backbone.layer3', 'backbone.layer2', '8', '32,', '512'] and float(row[6]) > 0
+
+
+def test_the_students_hooks_and_optimiser_stay(tmp_path):
+    student = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+    cfg, _, text = composed(student, 'mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py', tmp_path, 'sokd')
+    base = Config.fromstring(f'_base_ = [{student!r}]', '.py')
+    assert cfg.custom_hooks[:-1] == base.custom_hooks and len(base.custom_hooks) == 2
+    assert cfg.custom_hooks[-1] == dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=50)
+    assert {**base.optim_wrapper, 'constructor': cfg.optim_wrapper.constructor,
+            'policy': cfg.optim_wrapper.policy} == cfg.optim_wrapper
+    assert 'inherit' not in cfg.model and "layers=['neck'],  # stride 8, 16, 32\n" in text
+
+
+def test_a_students_file_is_inherited_from_where_the_config_lies(tmp_path):
+    (tmp_path / 'models').mkdir()
+    student, teacher = detectors(tmp_path / 'models')
+    torch.save(build_cfg_path(teacher, '').state_dict(), tmp_path / 't.pth')
+    cfg, report, text = composed(student, teacher, tmp_path, 'sokd', base='at', teacher_ckpt=f'{tmp_path}/t.pth')
+    assert "_base_ = ['models/s.py']" in text and f'cfg_path={teacher!r}),  # seen from where you run' in text
+    assert cfg.model.architecture == Config.fromfile(student).model
+    assert cfg.model.distiller.base == dict(type='ATLoss', loss_weight=1000.0) and not cfg.model.distiller.connect
+    assert cfg.model.inherit == ['neck.fpn_convs', 'bbox_head'] and 'random teacher' not in report
+    assert f'Next: python tools/train.py {tmp_path}/composed.py' in report
+
+
+def test_iterations_instead_of_epochs(tmp_path):
+    student = write(tmp_path / 's.py', retinanet(8), train_cfg=dict(type='IterBasedTrainLoop', max_iters=180000))
+    teacher = write(tmp_path / 't.py', retinanet(16))
+    cfg, *_ = composed(student, teacher, tmp_path, 'sokd', base='reviewkd')
+    assert cfg.custom_hooks == [dict(type='mmkd_plugin.FreezePolicyHook', search_iters=30000)]
+    assert cfg.model.loss_schedules == {'loss_base*': dict(start_factor=0.0, end=1800)}
+
+
+def networks(tmp_path, student, teacher, scope='mmdet', **fields):
+    return [Network(write(tmp_path / f'{name}.py', model, scope, **more), name)
+            for name, model, more in (('s', student, {}), ('t', teacher, fields))]
+
+
+def pyramid(start_level, **options):
+    model = retinanet(16, **options)
+    model['neck'].update(start_level=start_level)
+    return model
+
+
+def without_neck(base_channels):
+    model = retinanet(base_channels, levels=1)
+    model['backbone'].update(out_indices=[3])
+    model['neck'] = None
+    model['bbox_head'].update(in_channels=base_channels * 8)
+    model['bbox_head']['anchor_generator'].update(strides=[32])
+    return model
+
+
+STAGES = [(f'backbone.layer{i}', f'backbone.layer{i}') for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize('teacher, expected', [
+    (retinanet(16, levels=4), [('neck', 'neck')]),
+    (pyramid(0), [(f'neck.fpn_convs.{i}', f'neck.fpn_convs.{i + 1}') for i in range(3)]),  # the fourth is stride 64
+    (retinanet(16, levels=3), [(f'neck.fpn_convs.{i}', f'neck.fpn_convs.{i}') for i in range(3)]),
+    (without_neck(16), STAGES[1:]),
+], ids=['equal', 'a level finer', 'fewer levels', 'no neck'])
+def test_layers_are_matched_by_stride(teacher, expected, tmp_path):
+    assert propose_layers(*networks(tmp_path, retinanet(8), teacher), slice(-3, None), False) == expected
+
+
+def yolo(out_channels):
+    channels = [2 * x for x in out_channels]
+    return dict(type='mmdet.YOLOV3',
+                backbone=dict(type='mmdet.ResNet', depth=18, base_channels=4, out_indices=(1, 2, 3)),
+                neck=dict(type='mmdet.YOLOV3Neck', num_scales=3, in_channels=[32, 16, 8], out_channels=out_channels),
+                bbox_head=dict(type='mmdet.YOLOV3Head', num_classes=3, in_channels=out_channels, out_channels=channels))
+
+
+def test_levels_of_other_widths_are_named_one_by_one_where_an_adapter_needs_it(tmp_path):
+    both = networks(tmp_path, yolo([16, 8, 4]), yolo([32, 16, 8]))
+    assert propose_layers(*both, slice(-3, None), one_width=False) == [('neck', 'neck')]
+    assert propose_layers(*both, slice(-3, None), one_width=True) == [(f'neck.detect{i}', ) * 2 for i in (1, 2, 3)]
+
+
+def transformer(**options):
+    return dict(type='mmpretrain.ImageClassifier', backbone=dict(
+        type='mmpretrain.VisionTransformer', arch=dict(embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8),
+        img_size=224, patch_size=16, **options), head=dict(
+            type='mmpretrain.VisionTransformerClsHead', num_classes=4, in_channels=8))
+
+
+def test_tokens_are_no_maps(tmp_path):
+    with pytest.raises(ValueError, match=r'no stride in common: .*s.py has no module that puts out feature maps.*'
+                       r'VisionTransformer; .*t.py has feature maps of stride 2 \(backbone.bn1\), 4 '
+                       r'\(backbone.layer1\),.*--layers'):
+        propose_layers(*networks(tmp_path, transformer(), classifier(8), 'mmpretrain'), slice(-3, None), False)
+    maps = transformer(out_type='featmap')
+    assert propose_layers(*networks(tmp_path, maps, classifier(8), 'mmpretrain'), slice(-3, None), False) == [
+        ('backbone', 'backbone.layer3')]
+
+
+def test_what_is_pooled_is_no_map(tmp_path):
+    model = dict(type='mmpretrain.ImageClassifier', backbone=dict(
+        type='mmpretrain.ConvNeXt', arch=dict(depths=[1] * 4, channels=[8, 16, 32, 64])), head=dict(
+            type='mmpretrain.LinearClsHead', num_classes=4, in_channels=64))  # its last norm is after the pooling
+    assert propose_layers(*networks(tmp_path, model, classifier(8), 'mmpretrain'), slice(-3, None), False) == [
+        (f'backbone.stages.{i - 1}', f'backbone.layer{i}') for i in (2, 3, 4)]
+
+
+def fcos(base_channels):
+    model = retinanet(base_channels)
+    model['type'] = 'mmdet.FCOS'
+    model['bbox_head'] = dict(type='mmdet.FCOSHead', num_classes=3, in_channels=16, strides=[8, 16, 32, 64])
+    return model
+
+
+def deeper(base_channels):
+    model = retinanet(base_channels)
+    model['bbox_head'].update(stacked_convs=2)
+    return model
+
+
+@pytest.mark.parametrize('teacher, fields, expected', [
+    (retinanet(8), {}, ['neck', 'bbox_head']),
+    (retinanet(16), {}, ['neck.fpn_convs', 'bbox_head']),
+    (retinanet(16, fpn_channels=24), {}, []),
+    (pyramid(0), {}, ['bbox_head']),  # its convolutions are of other strides
+    (fcos(8), {}, []),  # its neck serves another kind of head
+    (deeper(8), {}, ['neck', 'bbox_head.retina_cls', 'bbox_head.retina_reg']),
+    (retinanet(8, num_classes=5), dict(classes='abcde'), ['neck']),
+    (retinanet(8), dict(classes='abd'), ['neck']),
+], ids=['same', 'wider backbone', 'wider neck', 'other strides', 'other head', 'other depth', 'more classes',
+        'other classes'])
+def test_what_is_inherited(teacher, fields, expected, tmp_path):
+    assert propose_inherit(*networks(tmp_path, retinanet(8), teacher, **fields)) == expected
+
+
+def test_a_module_of_which_half_fits_is_not_worth_a_line(tmp_path):
+    both = [retinanet(width, levels=2) for width in (8, 16)]
+    for model in both:
+        model['neck'].update(start_level=3)  # fpn_convs: one of two reads the backbone
+    assert propose_inherit(*networks(tmp_path, *both)) == ['bbox_head']
+
+
+def test_features_of_a_teacher_with_other_classes_alone_are_distilled(tmp_path):
+    student, teacher = detectors(tmp_path, num_classes=5)
+    cfg, report, text = composed(student, teacher, tmp_path)
+    said = 'The teacher tells other classes apart (5) than the student (3): only features are distilled, and no head is'
+    assert cfg.model.inherit == ['neck.fpn_convs'] and said in report and f'# {said}' in text
+    student = write(tmp_path / 's.py', classifier(8), 'mmpretrain')
+    teacher = write(tmp_path / 't.py', classifier(16, num_classes=5), 'mmpretrain')
+    cfg, report, text = composed(student, teacher, tmp_path, overwrite=True)
+    assert list(cfg.model.distiller) == ['type', 'layers', 'amd'] and said.replace('(3)', '(4)') in report
+    assert cfg.model.architecture.head.loss.loss_weight == 1.0
+
+
+def test_a_head_without_one_layer_of_logits(tmp_path):
+    teacher = classifier(16)
+    teacher['head'] = dict(type='mmpretrain.StackedLinearClsHead', num_classes=4, in_channels=128, mid_channels=[4])
+    cfg, report, text = composed(write(tmp_path / 's.py', classifier(8), 'mmpretrain'),
+                                 write(tmp_path / 't.py', teacher, 'mmpretrain'), tmp_path)
+    assert 'The logits are not distilled' in report and '# The logits are not distilled' in text
+    assert 'student_recorders' not in cfg.model.distiller
+
+
+def test_a_loss_that_the_students_config_leaves_to_its_head(tmp_path):
+    student = classifier(8)
+    del student['head']['loss']
+    cfg, report, _ = composed(write(tmp_path / 's.py', student, 'mmpretrain'),
+                              write(tmp_path / 't.py', classifier(16), 'mmpretrain'), tmp_path)
+    assert cfg.model.architecture.head.loss == dict(type='CrossEntropyLoss', loss_weight=0.1)
+    assert 'loss_kd                   head.fc          head.fc                  4, 4 ' in report
+
+
+def test_one_class_masks_stuff_and_other_normalisation(tmp_path):
+    name = 'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py'
+    (tmp_path / 's.py').write_text(f"""_base_ = [{name!r}]
+model = dict(
+    data_preprocessor=dict(mean=[0, 0, 0], std=[255, 255, 255]),
+    backbone=dict(depth=18, base_channels=8), neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
+                  bbox_head=dict(in_channels=16, fc_out_channels=16, num_classes=1),
+                  mask_head=dict(num_convs=1, in_channels=16, conv_out_channels=16, num_classes=1)),
+    semantic_head=dict(num_things_classes=1, in_channels=16, inner_channels=32))""")
+    cfg, report, _ = composed(str(tmp_path / 's.py'), name, tmp_path)
+    assert 'loss_amd_neck_4  neck     neck     64      16, 256   ' in report
+    assert 'expects another normalisation' in report and 'The teacher tells other classes apart' in report
+
+
+class ReachingHook:
+    """What it reaches for is the plain model's alone."""
+
+    def before_train_epoch(self, runner):
+        model = runner.model
+        model.part_of_the_student.use_l1 = True
+
+
+@pytest.fixture
+def reaching_hook():
+    HOOKS.register_module(module=ReachingHook)
+    yield dict(type='ReachingHook')
+    del HOOKS.module_dict['ReachingHook']
+
+
+def test_a_hook_that_reaches_into_the_plain_model(tmp_path, reaching_hook, monkeypatch):
+    student = write(tmp_path / 's.py', retinanet(8), custom_hooks=[reaching_hook])
+    arguments = student, write(tmp_path / 't.py', retinanet(16)), 'amd', ADDRESS, str(tmp_path / 'o.py')
+    compose(*arguments)  # the student has no such part either
+    from mmdet.models import RetinaNet
+    monkeypatch.setattr(RetinaNet, 'part_of_the_student', None, raising=False)
+    with pytest.raises(ValueError, match="ReachingHook uses 'part_of_the_student'.*model.student"):
+        compose(*arguments, overwrite=True)
+
+
+def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
+    student, teacher = detectors(tmp_path)
+    weights, out = tmp_path / 'exotic.pth', str(tmp_path / 'o.py')
+    torch.save(dict(state_dict=build_cfg_path(teacher, '').state_dict(), args=argparse.Namespace()), weights)
+    with pytest.raises(ValueError, match='teacher_ckpt: .*refused because of argparse.Namespace.*--trust-checkpoint'):
+        compose(student, teacher, 'amd', str(weights), out)
+    compose(student, teacher, 'amd', str(weights), out, trust_checkpoint=True)
+    assert Config.fromfile(out).model.trust_checkpoint is True
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(student='mmdet::retinanet/retinanet_r18_fpn_1x_cooc.py'),
+     'STUDENT: no config.*retinanet_r18_fpn_1x_coco.py'),
+    (dict(teacher='TMP/tt.py'), 'TEACHER: no config.*tt.py.*t.py'),
+    (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is a distillation already'),
+    (dict(student='mmpretrain::simclr/simclr_resnet50_8xb32-coslr-200e_in1k.py'),
+     'STUDENT: expected a detector.*SimCLR'),
+    (dict(student='TMP/no_training.py'), 'cannot be trained, it has no train_cfg, optim_wrapper'),
+    (dict(student='TMP/decay.py', method='sokd'), "optim_wrapper.constructor is 'LayerDecay'"),
+    (dict(teacher_ckpt='no/teacher.pth'), "teacher_ckpt: no file 'no/teacher.pth'"),
+    (dict(teacher_ckpt='TMP/other.pth'), 'teacher_ckpt: .* does not fit RetinaNet'),
+    (dict(out='TMP/s.py'), r'out: .*s.py. exists.*--overwrite'),
+    (dict(out='TMP/no/o.py'), 'out: expected a .py file in a directory that is there'),
+    (dict(out='TMP/o.txt'), 'out: expected a .py file'),
+    (dict(base='fitnet'), "base: 'fitnet' is what SoKD builds on"),
+    (dict(layers=['nekc']), "layers.*no 'nekc'.*neck"),
+    (dict(layers=['backbone.layer2=backbone.layer3']), 'strides differ.*28.*14'),
+    (dict(layers=['a=b=c']), 'layers must be a list of names, or of pairs'),
+    (dict(layers=['bbox_head']), 'did not run bbox_head'),
+    (dict(teacher='TMP/five.py', layers=['bbox_head.retina_cls']), r'\[3\] classes apart, the teacher \[5\]'),
+    (dict(student='TMP/frozen.py', layers=['backbone.layer1']),
+     "loss_amd_backbone_layer1 does not reach the student: 'backbone.layer1' depends"),
+    (dict(student='TMP/swin.py', teacher='TMP/swin.py'), "loss_amd_backbone is .* nothing to compare in 'backbone'"),
+    (dict(student='TMP/cls.py', teacher='TMP/vit.py'), 'no stride in common.*vit.py has no module.*VisionTransformer'),
+    (dict(student='TMP/lazy.py'), 'STUDENT: .* cannot be inherited'),
+    (dict(student='TMP/broken.py'), 'one step on synthetic data fails: ValueError: avg_factor can not be used'),
+], ids=lambda value: ' '.join(map(str, value.values())) if isinstance(value, dict) else '')
+def test_mistakes_are_found_and_leave_nothing(change, message, tmp_path, monkeypatch):
+    student, teacher = detectors(tmp_path)
+    frozen, broken = retinanet(8), retinanet(8)
+    frozen['backbone']['frozen_stages'] = 1
+    broken['bbox_head']['loss_bbox'].update(reduction='sum')
+    swin = dict(classifier(8), backbone=dict(
+        type='mmpretrain.SwinTransformer', arch=dict(embed_dims=8, depths=[1] * 4, num_heads=[1] * 4)))
+    write(tmp_path / 'five.py', retinanet(16, num_classes=5), classes='abcde')
+    write(tmp_path / 'frozen.py', frozen)
+    write(tmp_path / 'broken.py', broken)
+    write(tmp_path / 'no_training.py', retinanet(8), train_cfg=None, optim_wrapper=None)
+    write(tmp_path / 'decay.py', retinanet(8), optim_wrapper=dict(constructor='LayerDecay'))
+    write(tmp_path / 'cls.py', classifier(8), 'mmpretrain')
+    write(tmp_path / 'vit.py', transformer(), 'mmpretrain')
+    write(tmp_path / 'swin.py', swin, 'mmpretrain')
+    (tmp_path / 'lazy.py').write_text('from mmdet.models import RetinaNet\n' + Path(student).read_text())
+    torch.save(build_cfg_path(student, '').state_dict(), tmp_path / 'other.pth')
+    there = sorted(tmp_path.iterdir())
+    arguments = dict(student=student, teacher=teacher, method='amd', teacher_ckpt=ADDRESS, out='TMP/o.py') | change
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        compose(**{key: value.replace('TMP', str(tmp_path)) if isinstance(value, str) else value
+                   for key, value in arguments.items()})
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def run(*command, ok=True):
+    command = [sys.executable, '-W', 'ignore', *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_composed_and_trained_by_command(tmp_path):
+    for name, width in (('s', 8), ('t', 16)):
+        (tmp_path / f'{name}.py').write_text(f"""_base_ = ['mmpretrain::resnet/resnet18_8xb32_in1k.py']
+model = dict(backbone=dict(base_channels={width}, stem_channels={width}), head=dict(in_channels={8 * width}))""")
+    torch.save(build_cfg_path(str(tmp_path / 't.py'), '').state_dict(), tmp_path / 't.pth')
+    out = tmp_path / 'distill.py'
+    command = ('tools/compose_config.py', tmp_path / 's.py', tmp_path / 't.py', '--method', 'sokd', '--base',
+               'reviewkd', '--layers', 'backbone.layer3', 'backbone.layer4=backbone.layer4',
+               '--teacher-ckpt', tmp_path / 't.pth', '-o', out)
+    said = run(*command)
+    assert 'mmengine' not in said and f'{out}: written.' in said  # no chatter of the libraries
+    assert run(*command, ok=False) == (
+        f"compose_config: out: '{out}' exists; choose another name, or overwrite it with --overwrite\n")
+    data = miniature.make_imagenet(tmp_path / 'imagenet')
+    log = run('tools/train.py', out, '--work-dir', tmp_path / 'work', '--cfg-options', 'train_cfg.max_epochs=1',
+              'model.distiller.dam.num_areas=2', 'default_hooks.logger.interval=1', *miniature.imagenet_options(data))
+    assert 'distill.loss_dam_area_backbone_layer4' in log and 'num_areas=2' in log

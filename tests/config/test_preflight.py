@@ -1,0 +1,57 @@
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+
+from mmkd_plugin.config.preflight import missing_inputs
+
+
+def config(tmp_path, **model):
+    for name in ('train.json', 'val.json', 'teacher.pth'):
+        (tmp_path / name).write_text('{}')
+    torch.save({'weight': torch.zeros(1)}, tmp_path / 'teacher.pth')
+    (tmp_path / 'train').mkdir()
+    dataset = dict(data_root=str(tmp_path), ann_file='train.json', data_prefix=dict(img='train/'))
+    return Config(dict(train_dataloader=dict(dataset=dataset), val_dataloader=dict(dataset=dict(dataset)),
+                       val_evaluator=dict(ann_file=f'{tmp_path}/val.json'), model=ConfigDict(model)))
+
+
+def test_nothing_is_missing(tmp_path):
+    assert missing_inputs(config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')) == []
+
+
+@pytest.mark.parametrize('change, option', [
+    (lambda cfg: cfg.train_dataloader.dataset.update(ann_file='no.json'), 'train_dataloader.dataset.ann_file'),
+    (lambda cfg: cfg.train_dataloader.dataset.update(data_root='no/'), 'train_dataloader.dataset.data_root'),
+    (lambda cfg: cfg.train_dataloader.dataset.update(data_prefix=dict(img='no/')),
+     'train_dataloader.dataset.data_prefix.img'),
+    (lambda cfg: cfg.train_dataloader.update(dataset=dict(type='RepeatDataset', dataset=dict(data_root='no/'))),
+     'train_dataloader.dataset.dataset.data_root'),
+    (lambda cfg: cfg.train_dataloader.update(dataset=dict(type='ConcatDataset', datasets=[dict(data_root='no/')])),
+     'train_dataloader.dataset.datasets.0.data_root'),
+    (lambda cfg: cfg.val_evaluator.update(ann_file='no.json'), 'val_evaluator.ann_file'),
+    (lambda cfg: cfg.model.update(teacher_ckpt='no.pth'), 'model.teacher_ckpt'),
+    (lambda cfg: cfg.model.update(student_ckpt='no.pth'), 'model.student_ckpt'),
+    (lambda cfg: cfg.update(load_from='no.pth'), 'load_from'),
+    (lambda cfg: cfg.model.update(architecture=dict(backbone=dict(init_cfg=dict(type='Pretrained',
+                                                                                checkpoint='no.pth')))),
+     'model.architecture.backbone.init_cfg.checkpoint'),
+])
+def test_each_missing_thing_is_one_sentence_with_its_option(tmp_path, change, option):
+    cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')
+    change(cfg)
+    sentence, = missing_inputs(cfg)
+    assert sentence.startswith(f'{option} is not there: looked for ')
+    assert sentence.endswith(f'supply it with --cfg-options {option}=PATH')
+
+
+def test_student_ckpt_makes_the_backbones_weights_unneeded(tmp_path):
+    backbone = dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))
+    assert missing_inputs(config(tmp_path, architecture=dict(backbone=backbone),
+                                 student_ckpt=f'{tmp_path}/teacher.pth')) == []
+
+
+def test_how_to_make_the_data_is_said(tmp_path):
+    cfg = config(tmp_path, architecture=dict(type='X'))
+    cfg.val_evaluator.ann_file = 'no.json'
+    cfg.data_command = 'python tools/dataset_converters/make_digits.py'
+    assert missing_inputs(cfg)[-1] == 'To make this data: python tools/dataset_converters/make_digits.py'

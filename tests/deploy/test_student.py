@@ -1,0 +1,247 @@
+"""What a student is outside a distillation, what becomes of its checkpoints, and what export says of it."""
+import copy
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import classifier
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from mmpretrain import get_model
+from test_digits_configs import data, load, teacher  # noqa: F401  fixtures
+
+from mmkd_plugin import measure
+from mmkd_plugin.checkpoints.resume import add_safety_hooks
+from mmkd_plugin.deploy.student import export_student, plain_config
+
+DIGITS = Path('configs/digits/amd_retinanet_r18-c16_digits-300.py')
+HOOKS = [dict(type='EMAHook', momentum=0.5), dict(type='mmrazor.StopDistillHook', stop_epoch=2),
+         dict(type='mmkd_plugin.BestStudentHook')]
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Runs the tool; returns what it says."""
+    monkeypatch.syspath_prepend('tools')
+    monkeypatch.setattr(measure, 'ROUNDS', 3)
+
+    def export(*args):
+        monkeypatch.setattr(sys, 'argv', ['export_student.py', *map(str, args)])
+        runpy.run_path('tools/export_student.py', run_name='__main__')
+        return capsys.readouterr().out
+
+    return export
+
+
+@pytest.mark.parametrize('name, foreign, library', [
+    ('amd_resnet34-resnet18_cifar10', None, 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'),
+    ('amd_resnet50-mobilenetv2_imagenet', None, 'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'),
+    ('amd_wrn16w3-wrn16w1_cifar10', 'backbone (mmrazor.WideResNet)', None),
+    ('sokd-fitnet_resnet32x4-resnet8x4_cifar100', 'backbone (mmkd_plugin.CIFARResNet)', None),
+])
+def test_export_says_whether_plain_mmpretrain_takes_the_file(name, foreign, library, tmp_path, export):
+    config = f'configs/{name}.py'
+    init_default_scope('mmpretrain')
+    state = MODELS.build(plain_config(Config.fromfile(config)).model).state_dict()
+    torch.save(dict(state_dict={f'architecture.{key}': value for key, value in state.items()}), tmp_path / 'epoch.pth')
+    out = tmp_path / 'student.pth'
+    said = export(config, tmp_path / 'epoch.pth', out)
+    if foreign:
+        assert f'do not have its {foreign}: load it' in said and 'after `import mmkd_plugin`' in said
+    else:
+        assert 'load it with the student\'s own config and neither mmkd_plugin nor mmrazor' in said
+    exported = torch.load(out)
+    model = get_config(library).model if library else Config.fromstring(exported['meta']['cfg'], '.py')
+    model = MODELS.build(model) if library else get_model(model, pretrained=str(out))
+    model.load_state_dict(exported['state_dict'], strict=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    report = json.loads(out.with_suffix('.json').read_text())
+    assert report['student']['params'] == sum(parameter.numel() for parameter in model.parameters())
+    assert report['student']['file_bytes'] == out.stat().st_size and report['student']['accuracy'] is None
+    assert report['teacher']['params'] > report['student']['params']
+    if '34' in name:
+        assert report['teacher']['accuracy'] == {'accuracy/top1': 95.34}  # the metafile's
+    assert 'not evaluated' in said and f'{report["student"]["flops"]:,}' in said
+
+
+class Losses(Hook):
+    """The names of the losses that are not zero, by epoch."""
+
+    def __init__(self):
+        self.names = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.names.append({name for name, value in outputs.items() if 'loss' in name and value != 0})
+
+
+@pytest.fixture(scope='module')
+def averaged(data, teacher, tmp_path_factory):  # noqa: F811
+    """The config and the runner of three epochs of an averaged student that is distilled in the first two."""
+    work_dir = tmp_path_factory.mktemp('averaged')
+    cfg = load(DIGITS, data, teacher, work_dir)
+    cfg.merge_from_dict({'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 1, 'custom_hooks': HOOKS,
+                         'default_hooks.checkpoint.save_best': 'auto', 'default_hooks.checkpoint.max_keep_ckpts': 3,
+                         'model.architecture.test_cfg.score_thr': 0.})
+    add_safety_hooks(cfg)
+    Visualizer._instance_dict.clear()
+    runner = Runner.from_cfg(copy.deepcopy(cfg))
+    runner.losses = Losses()
+    runner.register_hook(runner.losses)
+    runner.train()
+    return cfg, runner, work_dir
+
+
+def student_of(state, prefix='architecture.'):
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def test_after_the_distillation_stops_its_losses_are_gone_and_training_goes_on(averaged):
+    _, runner, work_dir = averaged
+    first, second, third = runner.losses.names
+    assert {name for name in first if name.startswith('distill')} and first == second
+    assert third == {name for name in first if not name.startswith(('distill', 'unweighted'))} and 'loss' in third
+    saved = [torch.load(work_dir / f'epoch_{i}.pth', weights_only=False) for i in (2, 3)]
+    states = [student_of(content['ema_state_dict'], 'module.architecture.') for content in saved]
+    assert not all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize('name', ['epoch_2.pth', 'epoch_3.pth', 'best', 'student_best.pth', 'exported'])
+def test_every_checkpoint_gives_what_was_validated(averaged, tmp_path, name, data):  # noqa: F811
+    cfg, _, work_dir = averaged
+    if name == 'exported':
+        export_student(cfg, str(work_dir / 'epoch_3.pth'), str(tmp_path / 'before.pth'))
+        path = tmp_path / 'before.pth'
+    else:
+        path = next(work_dir.glob('best_*.pth')) if name == 'best' else work_dir / name
+    source = torch.load(path, weights_only=False)
+    expected = source['state_dict']
+    if name[:4] in ('epoc', 'best'):
+        assert not any('teacher' in key for key in [*source['state_dict'], *source['ema_state_dict']])
+        expected = student_of(expected)
+        raw = student_of(source['ema_state_dict'], 'module.architecture.')  # from which training goes on
+        if name != 'best':
+            assert any(not torch.equal(value, raw[key]) for key, value in expected.items())
+    export_student(cfg, str(path), str(tmp_path / 'student.pth'))
+    exported = torch.load(tmp_path / 'student.pth')
+    assert set(exported['state_dict']) == set(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in exported['state_dict'].items())
+    assert 'mmkd_plugin' not in exported['meta']['cfg'] and 'mmrazor' not in exported['meta']['cfg']
+
+
+def test_an_averaged_run_resumes_to_the_same_average(averaged, data, teacher, tmp_path):  # noqa: F811
+    cfg, _, work_dir = averaged
+    cfg = copy.deepcopy(cfg)
+    cfg.merge_from_dict(dict(work_dir=str(tmp_path), resume=True, load_from=str(work_dir / 'epoch_2.pth'),
+                             experiment_name=tmp_path.name))
+    Visualizer._instance_dict.clear()
+    runner = Runner.from_cfg(cfg)
+    runner.losses = Losses()
+    runner.register_hook(runner.losses)
+    runner.train()
+    assert len(runner.losses.names) == 1 and not any(name.startswith('distill') for name in runner.losses.names[0])
+    once, resumed = (torch.load(path / 'epoch_3.pth', weights_only=False) for path in (work_dir, tmp_path))
+    for key in ('state_dict', 'ema_state_dict'):
+        for name, value in once[key].items():  # all 8 images are one batch, whose order does not matter but to rounding
+            torch.testing.assert_close(resumed[key][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_policy_goes_on_from_its_own_values_not_from_their_average(data, teacher, tmp_path):  # noqa: F811
+    cfg = load('configs/digits/sokd_retinanet_r18-c16_digits-300.py', data, teacher, tmp_path)
+    cfg.merge_from_dict({'train_cfg.max_epochs': 2, 'experiment_name': f'{tmp_path.name}_1', 'custom_hooks': [
+        dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0002, update_buffers=True, priority=49),  # RTMDet's
+        dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=1)]})
+    Visualizer._instance_dict.clear()
+    first = Runner.from_cfg(copy.deepcopy(cfg))
+    first.train()
+    policy = {key: value.clone() for key, value in first.model.distiller.dafa.state_dict().items()}
+    cfg.merge_from_dict({'train_cfg.max_epochs': 3, 'resume': True, 'experiment_name': f'{tmp_path.name}_2'})
+    Visualizer._instance_dict.clear()
+    second = Runner.from_cfg(copy.deepcopy(cfg))
+    second.train()
+    assert second.model.distiller.dafa.frozen
+    for key in ('alpha', 'beta', 'magnitude'):  # which rests after the search
+        assert torch.equal(second.model.distiller.dafa.state_dict()[key], policy[key])
+    export_student(cfg, str(tmp_path / 'epoch_3.pth'), str(tmp_path / 'student.pth'))
+
+
+def test_the_report_has_the_accuracy_of_both(averaged, export, tmp_path):
+    pytest.importorskip('onnxruntime')
+    cfg, runner, work_dir = averaged
+    config = tmp_path / 'config.py'
+    cfg.dump(config)
+    said = export(config, work_dir / 'epoch_3.pth', tmp_path / 'student.pth', '--evaluate', '--onnx',
+                  tmp_path / 's.onnx')
+    report = json.loads((tmp_path / 'student.json').read_text())
+    validated = runner.message_hub.get_scalar('val/coco/bbox_mAP').current()
+    assert report['student']['accuracy']['coco/bbox_mAP'] == pytest.approx(validated)
+    assert report['teacher']['accuracy_from'] == 'evaluated' and 'coco/bbox_mAP' in report['teacher']['accuracy']
+    assert report['input'] == [1, 3, 128, 128] and report['onnx']['outputs'][0] == 'cls_scores_0'
+    assert 'coco/bbox_mAP' in said and (tmp_path / 's.onnx').exists()
+
+
+def test_a_torn_checkpoint_or_an_existing_file_leaves_nothing_behind(averaged, tmp_path):
+    cfg, _, work_dir = averaged
+    whole = (work_dir / 'epoch_3.pth').read_bytes()
+    (tmp_path / 'torn.pth').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match='cannot load'):
+        export_student(cfg, str(tmp_path / 'torn.pth'), str(tmp_path / 'student.pth'))
+    (tmp_path / 'mine.pth').write_text('mine')
+    with pytest.raises(ValueError, match='exists'):
+        export_student(cfg, str(work_dir / 'epoch_3.pth'), str(tmp_path / 'mine.pth'))
+    assert {path.name for path in tmp_path.iterdir()} == {'torn.pth', 'mine.pth'}
+    assert (tmp_path / 'mine.pth').read_text() == 'mine'
+
+
+def test_a_file_that_puts_out_something_else_is_not_written(tmp_path, monkeypatch):
+    init_default_scope('mmpretrain')
+    loader = dict(dataset=dict(type='CIFAR10', data_root=str(tmp_path / 'none'), pipeline=[dict(type='PackInputs')]))
+    student = classifier(8)
+    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=loader, model=dict(
+        type='mmkd_plugin.TeacherStudentDistill', architecture=student, teacher=classifier(16))))
+    state = MODELS.build(copy.deepcopy(student)).state_dict()
+    torch.save({f'architecture.{key}': value for key, value in state.items()}, tmp_path / 'a.pth')
+    export_student(cfg, str(tmp_path / 'a.pth'), str(tmp_path / 'good.pth'))
+    # a config that says of itself something else than what was built: another normalisation
+    monkeypatch.setattr('mmkd_plugin.deploy.student.plain_config', _with_other_mean(plain_config))
+    with pytest.raises(ValueError, match='puts out something else .*Nothing is written'):
+        export_student(cfg, str(tmp_path / 'a.pth'), str(tmp_path / 'bad.pth'))
+    assert {path.name for path in tmp_path.iterdir()} == {'a.pth', 'good.pth'}
+
+
+def _with_other_mean(function):
+    def changed(cfg):
+        cfg = function(cfg)
+        cfg.model.data_preprocessor.mean = [100., 100., 100.]
+        return cfg
+    return changed
+
+
+def test_the_plain_config_has_the_hooks_of_mmengine_only():
+    cfg = Config.fromfile(DIGITS)
+    add_safety_hooks(cfg)
+    cfg.optim_wrapper.type = 'mmkd_plugin.AutocastOptimWrapper'
+    plain = plain_config(cfg)
+    checkpoint = plain.default_hooks.checkpoint
+    assert (checkpoint.type, checkpoint.interval, checkpoint.max_keep_ckpts) == ('CheckpointHook', 1, 1)
+    assert cfg.default_hooks.checkpoint.type == 'mmkd_plugin.SafeCheckpointHook'
+    assert 'best_student' in cfg.default_hooks and 'best_student' not in plain.default_hooks
+    assert not re.search('mmkd_plugin|mmrazor', Config(plain.to_dict(), format_python_code=False).pretty_text)
+    alone = Config.fromfile('configs/digits/retinanet_r18-c16_digits-300.py')
+    add_safety_hooks(alone)
+    assert 'mmkd_plugin' not in Config(plain_config(alone).to_dict(), format_python_code=False).pretty_text
+
+
+def test_rtmdets_configs_average_the_student_and_end_the_distillation():
+    for method in ('amd', 'sokd'):
+        cfg = Config.fromfile(f'configs/{method}_rtmdet_l-s_coco.py')
+        ema, switch, stop = cfg.custom_hooks[:3]
+        assert ema.type == 'EMAHook' and stop.type == 'mmrazor.StopDistillHook'
+        assert stop.stop_epoch == switch.switch_epoch == 280 < cfg.train_cfg.max_epochs

@@ -1,0 +1,68 @@
+import argparse
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location('train', Path(__file__).parents[2] / 'tools/train.py')
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+
+def load(config='configs/amd_retinanet_coco.py', **arguments):
+    defaults = dict(config=config, work_dir=None, amp=False, auto_scale_lr=False, resume=None, cfg_options=None,
+                    launcher='none', check_teacher=False, trust_checkpoint=False)
+    return train.load_config(argparse.Namespace(**dict(defaults, **arguments)))
+
+
+def test_work_dir_is_named_by_the_config():
+    assert load().work_dir == 'work_dirs/amd_retinanet_coco'
+    assert load(work_dir='x').work_dir == 'x'
+
+
+@pytest.mark.parametrize('config', ['configs/amd_retinanet_coco.py', 'configs/sokd_retinanet_coco.py'])
+def test_amp_changes_the_students_wrapper(config, monkeypatch):
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: True)
+    cfg = load(config, amp=True)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper' and cfg.optim_wrapper.loss_scale == 'dynamic'
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: False)
+    cfg = load(config, amp=True)
+    assert cfg.optim_wrapper.type == 'mmkd_plugin.AutocastOptimWrapper' and 'loss_scale' not in cfg.optim_wrapper
+    with pytest.raises(ValueError, match='--amp needs'):
+        load(config, amp=True, cfg_options={'optim_wrapper.type': 'ApexOptimWrapper'})
+
+
+def test_auto_scale_lr():
+    assert load(auto_scale_lr=True).auto_scale_lr.enable is True
+    with pytest.raises(ValueError, match='base_batch_size'):
+        load(auto_scale_lr=True, cfg_options={'auto_scale_lr': {'_delete_': True}})
+
+
+def test_resume_from_the_latest_or_from_a_file():
+    cfg = load(resume='auto')
+    assert cfg.resume is True and cfg.load_from is None
+    cfg = load(resume='epoch_3.pth')
+    assert cfg.resume is True and cfg.load_from == 'epoch_3.pth'
+
+
+def test_cfg_options():
+    assert load(cfg_options={'model.teacher_ckpt': 'mine.pth'}).model.teacher_ckpt == 'mine.pth'
+
+
+def test_check_teacher_adds_its_hook():
+    hooks = load(check_teacher=True).custom_hooks
+    assert [hook.type for hook in hooks].count('mmkd_plugin.CheckTeacherHook') == 1
+    with pytest.raises(ValueError, match='--check-teacher: .*no teacher'):
+        load('configs/digits/retinanet_r18-c16_digits-300.py', check_teacher=True)
+
+
+def test_trust_checkpoint_reaches_the_model():
+    assert load(trust_checkpoint=True).model.trust_checkpoint is True
+    assert 'trust_checkpoint' not in load().model
+    assert 'trust_checkpoint' not in load('configs/digits/retinanet_r18-c16_digits-300.py', trust_checkpoint=True).model
+
+
+def test_compile_is_answered_with_the_hook():
+    with pytest.raises(ValueError, match='CompileStudentHook'):
+        load(cfg_options={'compile': True})
+    assert load('configs/vgg8_cifar100.py', cfg_options={'compile': True}).compile is True

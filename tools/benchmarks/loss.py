@@ -1,0 +1,161 @@
+"""What the AMD loss costs, forward and backward, against the least that memory allows and against the plain way.
+
+"floor" reads both feature maps once (two sums), then reads one and writes its gradient once (one product). "plain" is
+the paper's steps written down one by one. All in float32; the teacher's map takes no gradient.
+"""
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmarking import (
+    CLOCK,
+    CLOCKS,
+    PEAK_MEMORY,
+    command,
+    interleave,
+    peak_memory,
+    ratio,
+)
+from torch import Tensor
+
+from mmkd_plugin.deploy.environment import environment, markdown
+from mmkd_plugin.models.losses import AMDLoss
+
+MAPS = ['256x100x168', '256x50x84', '256x25x42', '256x13x21', '64x100x168', '1024x100x168']
+LARGE = 16 * 2**20  # bytes of one map, from which on the goals hold
+HEADER = ['map', 'arm', 'ms', 'to the floor', 'times faster than plain', 'peak (MiB)', 'goals reached']
+TIMES_FLOOR, TIMES_FASTER = 1.5, 3.0  # the goals: at most, at least
+
+
+def plain(s_feature: Tensor, t_feature: Tensor, margin: float = 1.35, scale: float = 64.0) -> Tensor:
+    """The paper's loss of one layer, as it is printed."""
+
+    def hats(feature: Tensor) -> list[Tensor]:
+        attention = feature.pow(2).sum(1).flatten(1)  # (N, HW)
+        q = attention / (attention.norm(dim=1, keepdim=True) + 1e-6)
+        positive = scale * torch.cos(margin * torch.acos(q.clamp(-1 + 1e-7, 1 - 1e-7)))
+        negative = scale * (1 - q)
+        combined = positive - torch.log(positive.exp() + negative.exp())
+        return [F.normalize(x, dim=1) for x in (combined, positive, negative)]
+
+    return sum(F.mse_loss(s, t) for s, t in zip(hats(s_feature), hats(t_feature))) / 3
+
+
+def floor(s_feature: Tensor, t_feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad():
+        return s_feature.sum(), t_feature.sum(), s_feature * 2
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f'{__doc__} {PEAK_MEMORY}')
+    parser.add_argument('--maps', nargs='+', type=shape, default=[shape(text) for text in MAPS], metavar='CxHxW',
+                        help=f'feature maps to measure; default {" ".join(MAPS)}')
+    parser.add_argument('--batch', type=int, default=2, help='images; default %(default)s')
+    parser.add_argument('--rounds', type=int, default=30, help='rounds, each with every arm once; default %(default)s')
+    parser.add_argument('--compile', action='store_true', help='also measure AMD through torch.compile')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda; default %(default)s')
+    parser.add_argument('--clock', choices=CLOCKS, default='wall', help=CLOCK)
+    parser.add_argument('--out', type=Path, help='JSON file for all times')
+    parser.add_argument('--plot', type=Path, help='picture of time and memory against the size of the map')
+    return parser.parse_args()
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """Reads a map's channels, height and width."""
+    try:
+        channels, height, width = map(int, text.split('x'))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected CxHxW such as 256x100x168, got {text!r}') from None
+    if min(channels, height, width) < 1:
+        raise argparse.ArgumentTypeError(f'expected positive numbers, got {text!r}')
+    return channels, height, width
+
+
+def measure(size: tuple[int, int, int], args: argparse.Namespace) -> dict:
+    """Returns times, ratios and peak memory of every arm on maps (N, C, H, W) of ``size``."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(args.batch, *size, generator=generator).relu().to(args.device) for _ in range(2))
+    student.requires_grad_()
+
+    def gradient(loss):
+        return lambda: torch.autograd.grad(loss(student, teacher), student)
+
+    losses = {'amd': AMDLoss(), 'amd scale-free': AMDLoss(scale_free=True)}
+    if args.compile:
+        losses |= {f'{name}, compiled': torch.compile(loss) for name, loss in losses.items()}
+    calls = {'floor': lambda: floor(student, teacher)}
+    calls |= {name: gradient(loss) for name, loss in (*losses.items(), ('plain', plain))}
+    seconds = interleave(calls, args.rounds, args.device, args.clock, progress=False)
+    large = student.numel() * 4 >= LARGE
+    arms = {}
+    for name, call in calls.items():
+        arms[name] = arm = dict(seconds=seconds[name], peak_bytes=peak_memory(call, args.device),
+                                to_floor=ratio(seconds[name], seconds['floor']),
+                                faster_than_plain=ratio(seconds['plain'], seconds[name]))
+        if large and name.startswith('amd'):
+            arm['reached'] = (arm['to_floor']['high'] <= TIMES_FLOOR
+                              and arm['faster_than_plain']['low'] >= TIMES_FASTER)
+    return dict(shape=[args.batch, *size], map_bytes=student.numel() * 4, arms=arms)
+
+
+def milliseconds(arm: dict) -> float:
+    return 1e3 * statistics.median(arm['seconds'])
+
+
+def row(result: dict, name: str) -> list[str]:
+    arm = result['arms'][name]
+    to_floor, faster = arm['to_floor'], arm['faster_than_plain']
+    return [
+        ' x '.join(map(str, result['shape'])), name, f'{milliseconds(arm):.2f}',
+        f'{to_floor["ratio"]:.2f} ({to_floor["low"]:.2f} to {to_floor["high"]:.2f})',
+        f'{faster["ratio"]:.2f} ({faster["low"]:.2f} to {faster["high"]:.2f})', f'{arm["peak_bytes"] / 2**20:.1f}',
+        {True: 'yes', False: 'no', None: ''}[arm.get('reached')]]
+
+
+def table(results: list[dict]) -> str:
+    return markdown(HEADER, [row(result, name) for result in results for name in result['arms']])
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Time and peak memory of every arm against the size of one map."""
+    from matplotlib import pyplot as plt
+    results = sorted(results, key=lambda result: result['map_bytes'])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    sizes = [result['map_bytes'] / 2**20 for result in results]
+    for name in results[0]['arms']:
+        arms = [result['arms'][name] for result in results]
+        axes[0].loglog(sizes, [milliseconds(arm) for arm in arms], 'o-', label=name)
+        axes[1].loglog(sizes, [max(arm['peak_bytes'], 1) / 2**20 for arm in arms], 'o-', label=name)
+    for axis, label in zip(axes, ('time, forward and backward (ms)', 'peak memory beyond the maps (MiB)')):
+        axis.set(xlabel='size of a feature map (MiB)', ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    print(f'Ratios: median and 95% interval over {args.rounds} interleaved rounds. Goals, for maps of at least '
+          f'{LARGE / 2**20:.0f} MiB: at most {TIMES_FLOOR} of the floor and at least {TIMES_FASTER:g} times faster '
+          'than plain.\n')
+    print(markdown(HEADER, []), flush=True)
+    results = []
+    for size in args.maps:
+        results.append(measure(size, args))
+        print(table(results[-1:]).split('\n', 2)[2], flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        found = dict(command=command(), environment=environment(args.device), clock=args.clock, rounds=args.rounds,
+                     maps=results)
+        args.out.write_text(json.dumps(found, indent=1))
+    if args.plot:
+        draw(results, args.plot)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,51 @@
+"""The part of docs/results.md on what distillation costs, from what the benchmarks of time and memory left.
+
+``docs/results/step_*.json`` are of tools/benchmarks/step.py, ``loss_*.json`` of tools/benchmarks/loss.py, each by its
+``--out``.
+"""
+import json
+from pathlib import Path
+
+import loss
+import step
+
+STEP = """The floor is the student's own training step and the teacher as far as its neck. Ratios are medians over
+interleaved rounds with their 95% interval; peak memory is that of all tensors, weights and optimiser included."""
+LOSS = """The floor reads both maps once, then reads one and writes its gradient once. Plain is the paper's steps
+written down one by one. Ratios are medians over interleaved rounds with their 95% interval."""
+
+
+def sections(results: Path, images: Path) -> list[str]:
+    """Returns the parts of the page, in the order of the files' names; draws their plots into ``images``."""
+    steps = [_step(path, images) for path in sorted(results.glob('step_*.json'))]
+    losses = [_loss(path, images) for path in sorted(results.glob('loss_*.json'))]
+    return [*([f'## What a step costs\n\n{STEP}', *steps] if steps else []),
+            *([f'## What the loss of AMD costs\n\n{LOSS}', *losses] if losses else [])]
+
+
+def _step(path: Path, images: Path) -> str:
+    found = json.loads(path.read_text())
+    varied, title = found['varied'], found['title']
+    if varied:
+        title += f' against {step.LABELS[varied]}'
+    title += f', torch {found["environment"]["torch"].split("+")[0]}'
+    goals = [] if varied else found['goals']  # a sweep shows how cost grows
+    parts = [f'### {title}', _measured(found), step.report(found['arms'], goals, varied)]
+    if varied:
+        picture = images / f'results_{path.stem}.png'
+        step.draw(found['arms'], varied, picture)
+        parts.append(f'![Time and memory against {step.LABELS[varied]}](images/{picture.name})')
+    return '\n\n'.join(parts)
+
+
+def _loss(path: Path, images: Path) -> str:
+    found = json.loads(path.read_text())
+    picture = images / f'results_{path.stem}.png'
+    loss.draw(found['maps'], picture)
+    return '\n\n'.join([_measured(found), loss.table(found['maps']),
+                        f'![Time and memory against the size of the map](images/{picture.name})'])
+
+
+def _measured(found: dict) -> str:
+    where = ', '.join(f'{key} {value}' for key, value in found['environment'].items())
+    return f'`{found["command"]}`\n\n{found["rounds"]} rounds, {found["clock"]} clock; {where}.'

@@ -1,0 +1,424 @@
+"""What a training step of distillation costs, against the least that it can cost.
+
+The floor is the student's own step and the teacher as far as its neck. All arms see the same synthetic batch and take
+whole steps: preprocessing, forward, losses, backward, optimiser. Weights are random, the learning rate is that of a
+warm-up's first step. Arms run in turn, in rounds; figures are ratios within a round.
+"""
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from benchmarking import (
+    CLOCK,
+    CLOCKS,
+    PEAK_MEMORY,
+    command,
+    interleave,
+    peak_memory,
+    ratio,
+)
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from torch import Tensor, nn
+
+import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.config.cfg_path import read_cfg_path
+from mmkd_plugin.deploy.environment import environment, markdown
+from mmkd_plugin.engine.hooks.compile_student_hook import compile_student
+
+ROOT = Path(__file__).parents[2]
+OURS = {
+    'amd': 'AMD, as its config has it',
+    'amd_amp': 'AMD by --amp: float16, on a CPU bfloat16',
+    'amd_compiled': 'AMD with CompileStudentHook',
+    'sokd_search': 'SoKD, while the policy is searched',
+    'sokd_frozen': 'SoKD, after the search',
+    'sokd_base': 'the distiller that SoKD is built on, by itself',
+}
+RAZORS = {
+    'cwd': 'MMRazor\'s CWD, FpnTeacherDistill',
+    'cwd_single': 'MMRazor\'s CWD, SingleTeacherDistill',
+    'pkd': 'MMRazor\'s PKD on the first 4 maps',
+    'mgd': 'MMRazor\'s MGD',
+    'fbkd': 'MMRazor\'s FBKD on the first 4 maps',
+}
+ARMS = {'floor': 'the student\'s step, and the teacher to its neck', **OURS, **RAZORS}
+FBKD_LEVELS = [dict(reduction=4, maxpool_stride=8), dict(reduction=4, maxpool_stride=4), {}, {}]  # as MMRazor's config
+SETTINGS = {'size': ARMS, 'layers': OURS, 'sub_policies': ('sokd_search', 'sokd_frozen'),
+            'areas': ('sokd_search', 'sokd_frozen')}  # which arms each option changes
+LABELS = dict(size='side of the images (pixels)', layers='maps', sub_policies='sub-policies', areas='P')
+MEMORY_STEPS = 3  # SoKD's steps differ by what is drawn; the dearest counts
+BOXES = 7  # an image, as in COCO
+
+
+class Goal(NamedTuple):
+    arm: str
+    below: str
+    time: float  # the most that the interval's upper end may be
+    memory: float | None  # the most that the ratio of peaks may be
+
+
+GOALS = [Goal('amd', 'floor', 1.03, 1.05), Goal('sokd_search', 'floor', 1.15, 1.20),
+         Goal('sokd_frozen', 'floor', 1.15, 1.20), Goal('sokd_search', 'sokd_frozen', 1.02, None)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student, and the maps that MMRazor's methods and ``--layers`` read, largest first."""
+    title: str
+    configs: dict[str, str]  # of the arms that begin so
+    base: str
+    maps: dict[str, int]  # channels by module
+    size: tuple[int, int]
+    batch: int
+
+
+RESNET = Pair('ResNet34 to ResNet18',
+              dict(amd='configs/amd_resnet_imagenet.py', sokd='configs/sokd_resnet_imagenet.py'),
+              'configs/_base_/resnet34_resnet18_imagenet.py',
+              {'backbone.layer2': 128, 'backbone.layer3': 256, 'backbone.layer4': 512}, (224, 224), 16)
+PAIRS = {
+    'retinanet': Pair('RetinaNet R101 to R50',
+                      dict(amd='configs/amd_retinanet_coco.py', sokd='configs/sokd_retinanet_coco.py'),
+                      'configs/_base_/retinanet_r101_r50_coco.py',
+                      {f'neck.fpn_convs.{i}': 256 for i in range(5)}, (384, 384), 2),
+    'resnet': RESNET,
+    'resnet-fitnet': replace(RESNET, title='ResNet34 to ResNet18, SoKD on FitNet', configs=dict(
+        RESNET.configs, sokd='configs/sokd-fitnet_resnet34-resnet18_imagenet.py')),
+}
+
+
+class Settings(NamedTuple):
+    """What an arm is measured at; None is what its config says."""
+    size: tuple[int, int]
+    layers: int | None
+    sub_policies: int | None
+    areas: int | None
+
+
+class Arm(NamedTuple):
+    name: str
+    settings: Settings
+    step: Callable[[], dict[str, Tensor]]
+    held: int  # bytes of weights, buffers and optimiser, teacher's included
+
+
+class Floor(BaseModel):
+    """The student's own step, and the teacher's backbone and neck without gradient."""
+
+    def __init__(self, student: BaseModel, teacher: BaseModel) -> None:
+        super().__init__(student.data_preprocessor)
+        self.student = student
+        self.__dict__['teacher'] = teacher  # no submodule
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'loss') -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.teacher.extract_feat(inputs)
+        return self.student(inputs, data_samples, mode=mode)
+
+
+class Workshop:
+    """Builds the arms of one pair; they share a teacher, except the floor, whose teacher nobody wires recorders to."""
+
+    def __init__(self, pair: Pair, batch: int, device: str) -> None:
+        self.pair, self.batch, self.device = pair, batch, device
+        self.base = Config.fromfile(ROOT / pair.base)
+        init_default_scope(self.base.default_scope)
+        self.teachers = {is_floor: self._teacher() for is_floor in (True, False)}
+        self.data: dict[tuple[int, int], dict] = {}
+
+    def _teacher(self) -> BaseModel:
+        teacher = _random(read_cfg_path(self.base.model.teacher.cfg_path).model)
+        return teacher.to(self.device).eval().requires_grad_(False)
+
+    def arm(self, name: str, settings: Settings) -> Arm:
+        torch.manual_seed(0)
+        config = self._config(name, settings)
+        architecture = config.model.architecture
+        if 'data_preprocessor' in config:  # the Runner hands it on
+            architecture.setdefault('data_preprocessor', config.data_preprocessor)
+        student, teacher = _random(architecture), self.teachers[name == 'floor']
+        if name == 'floor':
+            model = Floor(student, teacher)
+        elif name in OURS:
+            model = MODELS.build(dict(config.model, architecture=student, teacher=teacher, teacher_ckpt=None))
+        else:
+            model = self._razor(name, student, teacher)
+        model.init_weights()
+        model.to(self.device).train()
+        if name == 'sokd_frozen':
+            model.distiller.dafa.freeze()
+        config.optim_wrapper.optimizer.lr *= 1e-3
+        if name == 'amd_amp':
+            on_cpu = self.device == 'cpu'
+            config.optim_wrapper.type = 'mmkd_plugin.AutocastOptimWrapper' if on_cpu else 'AmpOptimWrapper'
+        elif name == 'amd_compiled':
+            compile_student(model)
+        optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
+        data = self._data(settings.size)
+        step = _step(name, model, optim_wrapper, data)
+        try:
+            step()  # the optimiser gets its state
+        except RuntimeError as error:  # MMRazor's FBKD pools small maps away
+            raise ValueError(f'{name} cannot take a step on images of {settings.size}: {error}') from error
+        return Arm(name, settings, step, _held([model, teacher], optim_wrapper))
+
+    def _config(self, name: str, settings: Settings) -> Config:
+        if name not in OURS:
+            return copy.deepcopy(self.base)
+        config = Config.fromfile(ROOT / self.pair.configs[name.split('_')[0]])
+        distiller = config.model.distiller
+        if settings.layers:
+            distiller.layers = list(self.pair.maps)[:settings.layers]
+        if name == 'sokd_base':
+            distiller.update(dafa=None, dam=None)
+            config.optim_wrapper.pop('constructor'), config.optim_wrapper.pop('policy')
+        elif name.startswith('sokd'):
+            if settings.sub_policies:
+                distiller.dafa.num_sub_policies = settings.sub_policies
+            if settings.areas:
+                distiller.dam.num_areas = settings.areas
+        return config
+
+    def _razor(self, name: str, student: BaseModel, teacher: BaseModel) -> BaseModel:
+        kind = 'SingleTeacherDistill' if name == 'cwd_single' else 'FpnTeacherDistill'
+        distiller = razor_distiller(name.removesuffix('_single'), self.pair.maps)
+        with DefaultScope.overwrite_default_scope('mmrazor'):
+            return MODELS.build(dict(type=kind, architecture=student, teacher=teacher, distiller=distiller))
+
+    def _data(self, size: tuple[int, int]) -> dict:
+        if size not in self.data:
+            torch.manual_seed(0)
+            make = _detection_batch if self.base.default_scope == 'mmdet' else _classification_batch
+            self.data[size] = make(self.batch, size)
+        return self.data[size]
+
+
+def razor_distiller(method: str, maps: dict[str, int]) -> dict:
+    """The distiller of one of MMRazor's methods, with the settings of MMRazor's config of it.
+
+    Args:
+        method: cwd, pkd, mgd or fbkd.
+        maps: the channels of student and teacher by module, largest map first.
+    """
+    if method in ('pkd', 'fbkd'):
+        maps = dict(list(maps.items())[:4])
+    recorders = {source: dict(type='ModuleOutputs', source=source) for source in maps}
+    connectors, losses, mappings = {}, {}, {}
+    for i, (source, channels) in enumerate(maps.items()):
+        student, teacher = (dict(recorder=source, from_student=side) for side in (True, False))
+        if method == 'mgd':
+            connectors[f's{i}'] = dict(type='MGDConnector', student_channels=channels, teacher_channels=channels)
+            student['connector'] = f's{i}'
+        if method == 'fbkd':
+            for side, record in (('Student', student), ('Teacher', teacher)):
+                record['connector'] = f'{side[0].lower()}{i}'
+                connectors[record['connector']] = dict(type=f'FBKD{side}Connector', in_channels=channels,
+                                                       mode='dot_product', sub_sample=True, **FBKD_LEVELS[i])
+        losses[f'loss_{i}'] = dict(cwd=dict(type='ChannelWiseDivergence', loss_weight=10),
+                                   pkd=dict(type='PKDLoss', loss_weight=10), mgd=dict(type='MGDLoss'),
+                                   fbkd=dict(type='FBKDLoss'))[method]
+        mappings[f'loss_{i}'] = (dict(s_input=student, t_input=teacher) if method == 'fbkd' else
+                                 dict(preds_S=student, preds_T=teacher))
+    return dict(type='ConfigurableDistiller', student_recorders=recorders, teacher_recorders=copy.deepcopy(recorders),
+                connectors=connectors, distill_losses=losses, loss_forward_mappings=mappings)
+
+
+def _random(config: dict) -> BaseModel:
+    """Builds a model without the weights that its config would download."""
+    config = copy.deepcopy(config)
+    config.backbone.init_cfg = None
+    model = MODELS.build(config)
+    model.init_weights()
+    return model
+
+
+def _step(name: str, model: BaseModel, optim_wrapper: OptimWrapper, data: dict) -> Callable[[], dict[str, Tensor]]:
+    def step() -> dict[str, Tensor]:
+        log = model.train_step(data, optim_wrapper)
+        if not log['loss'].isfinite():
+            raise RuntimeError(f'{name}: the loss is {log["loss"]}, and arithmetic on it costs something else')
+        return log
+    return step
+
+
+def _held(modules: list[nn.Module], optim_wrapper: OptimWrapper) -> int:
+    wrappers = optim_wrapper.optim_wrappers.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+    state = chain.from_iterable(values.values() for wrapper in wrappers
+                                for values in wrapper.optimizer.state.values())
+    tensors = chain(*(chain(module.parameters(), module.buffers()) for module in modules),
+                    (value for value in state if torch.is_tensor(value)))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def _detection_batch(batch: int, size: tuple[int, int]) -> dict:
+    from mmdet.testing import demo_mm_inputs
+    return demo_mm_inputs(batch, image_shapes=[(3, *size)] * batch, num_items=[BOXES] * batch, num_classes=80,
+                          use_box_type=True)
+
+
+def _classification_batch(batch: int, size: tuple[int, int]) -> dict:
+    from mmpretrain.structures import DataSample
+    return dict(inputs=torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8),
+                data_samples=[DataSample().set_gt_label(i) for i in range(batch)])
+
+
+def parse_args() -> argparse.Namespace:
+    arms = '; '.join(f'{name}: {text}' for name, text in ARMS.items())
+    parser = argparse.ArgumentParser(
+        description=f'{__doc__} {PEAK_MEMORY} To it the weights, buffers and optimiser of student, distiller and '
+                    'teacher are added.', epilog=f'Arms: {arms}.')
+    parser.add_argument('--pair', choices=PAIRS, default='retinanet',
+                        help='R101 to R50; or ResNet34 to ResNet18, with SoKD on ReviewKD or on FitNet')
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS), help='what to measure beside the floor')
+    parser.add_argument('--rounds', type=int, default=15, help='rounds, each with every arm once; default %(default)s')
+    parser.add_argument('--size', nargs='+', type=image_size, metavar='HxW',
+                        help='images, such as 800x1333; default 384x384 for retinanet, 224x224 otherwise')
+    parser.add_argument('--batch', type=int, help='images a step; default 2 for retinanet, 16 otherwise')
+    parser.add_argument('--layers', nargs='+', type=int,
+                        help='AMD and SoKD on so many maps, the largest first; default: those of the configs')
+    parser.add_argument('--sub-policies', nargs='+', type=int, help='of SoKD; default 36, all')
+    parser.add_argument('--areas', nargs='+', type=int, help='P of SoKD; default 8')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda; default %(default)s')
+    parser.add_argument('--clock', choices=CLOCKS, default='wall', help=CLOCK)
+    parser.add_argument('--out', type=Path, help='JSON file for all times')
+    parser.add_argument('--plot', type=Path, help='picture of the cost against the option that has several values')
+    args = parser.parse_args()
+    args.pair = PAIRS[args.pair]
+    args.batch = args.batch or args.pair.batch
+    args.size = args.size or [args.pair.size]
+    several = [option for option in SETTINGS if len(getattr(args, option) or []) > 1]
+    if len(several) > 1:
+        parser.error(f'--{several[0]} and --{several[1]} have several values: vary one of them at a time')
+    if args.plot and not several:
+        parser.error('--plot needs several values of one of --size, --layers, --sub-policies, --areas')
+    if max(args.layers or [1]) > len(args.pair.maps):
+        parser.error(f'--layers: at most {len(args.pair.maps)} for this pair, got {max(args.layers)}')
+    args.varied = several[0] if several else None
+    return args
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Reads the height and width of images."""
+    try:
+        height, width = map(int, text.split('x'))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected HxW such as 800x1333, got {text!r}') from None
+    if min(height, width) < 32:
+        raise argparse.ArgumentTypeError(f'expected at least 32x32, got {text!r}')
+    return height, width
+
+
+def wanted(args: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
+    """What to measure: every arm once, or once a value where the varied option changes it."""
+    values = [getattr(args, option) or [None] for option in SETTINGS]
+    plain = Settings(*(value[0] for value in values))
+    for name in ARMS:
+        if name in args.arms or name == 'floor':
+            varied = getattr(args, args.varied) if args.varied and name in SETTINGS[args.varied] else [None]
+            for value in varied:
+                yield name, plain if value is None else plain._replace(**{args.varied: value})
+
+
+def compare(arms: list[Arm], seconds: dict[int, list[float]], peaks: list[int]) -> tuple[list[dict], list[dict]]:
+    """Returns the figures of every arm, and of every goal that two of the arms speak to."""
+    floors = {arm.settings.size: i for i, arm in enumerate(arms) if arm.name == 'floor'}
+    figures, verdicts = [], []
+    for i, arm in enumerate(arms):
+        below = floors[arm.settings.size]
+        figures.append(dict(arm=arm.name, settings=arm.settings._asdict(), median=statistics.median(seconds[i]),
+                            to_floor=ratio(seconds[i], seconds[below]), peak_bytes=peaks[i],
+                            memory_to_floor=peaks[i] / peaks[below], seconds=seconds[i]))
+    for goal in GOALS:
+        for i, arm in enumerate(arms):
+            below = [j for j, other in enumerate(arms) if other.name == goal.below and (
+                other.settings == arm.settings or goal.below == 'floor' and other.settings.size == arm.settings.size)]
+            if arm.name == goal.arm and below:
+                time, memory = ratio(seconds[i], seconds[below[0]]), peaks[i] / peaks[below[0]]
+                verdicts.append(dict(goal._asdict(), settings=arm.settings._asdict(), measured=time,
+                                     time_reached=time['high'] <= goal.time, measured_memory=memory,
+                                     memory_reached=goal.memory is None or memory <= goal.memory))
+    return figures, verdicts
+
+
+def report(figures: list[dict], verdicts: list[dict], varied: str | None) -> str:
+    def at(result: dict) -> str:
+        value = result['settings'].get(varied)
+        return '' if value is None else 'x'.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+    def interval(r: dict) -> str:
+        return f'{r["ratio"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f})'
+
+    extra = [varied.replace('_', '-')] if varied else []
+    rows = [[f['arm'], *([at(f)] if varied else []), f'{1e3 * f["median"]:.0f}', interval(f['to_floor']),
+             f'{f["peak_bytes"] / 2**20:.0f}', f'{f["memory_to_floor"]:.3f}'] for f in figures]
+    table = markdown(['arm', *extra, 'ms', 'time to the floor', 'peak (MiB)', 'memory to the floor'], rows)
+    rows = [[v['arm'], v['below'], *([at(v)] if varied else []), interval(v['measured']), f'{v["time"]:.2f}',
+             'reached' if v['time_reached'] else 'MISSED',
+             *([f'{v["measured_memory"]:.3f}', f'{v["memory"]:.2f}', 'reached' if v['memory_reached'] else 'MISSED']
+               if v['memory'] else ['', '', ''])] for v in verdicts]
+    goals = markdown(['arm', 'to', *extra, 'time', 'at most', '', 'memory', 'at most', ''], rows)
+    return f'{table}\n\nGoals, by the upper end of the interval:\n\n{goals}' if rows else table
+
+
+def draw(figures: list[dict], varied: str, path: Path) -> None:
+    """Time and memory to the floor against the varied option, one line an arm."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    names = [name for name in SETTINGS[varied] if name != 'floor' and any(f['arm'] == name for f in figures)]
+    for name in names:
+        mine = [f for f in figures if f['arm'] == name]
+        values = [f['settings'][varied] for f in mine]
+        if varied == 'size':
+            values = [(height * width)**0.5 for height, width in values]
+        ratios = [f['to_floor'] for f in mine]
+        line, = axes[0].plot(values, [r['ratio'] for r in ratios], 'o-', label=name)
+        axes[0].fill_between(values, [r['low'] for r in ratios], [r['high'] for r in ratios],
+                             color=line.get_color(), alpha=0.2)
+        axes[1].plot(values, [f['memory_to_floor'] for f in mine], 'o-', label=name)
+    for axis, label in zip(axes, ('time to the floor', 'peak memory to the floor')):
+        axis.set(xlabel=LABELS[varied], ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    MMLogger.get_current_instance().setLevel('ERROR')  # how weights are initialised is no news
+    workshop = Workshop(args.pair, args.batch, args.device)
+    try:
+        arms = [workshop.arm(*each) for each in wanted(args)]
+    except ValueError as error:
+        sys.exit(f'step: {error}')
+    seconds = interleave({i: arm.step for i, arm in enumerate(arms)}, args.rounds, args.device, args.clock)
+    peaks = [arm.held + max(peak_memory(arm.step, args.device) for _ in range(MEMORY_STEPS)) for arm in arms]
+    figures, verdicts = compare(arms, seconds, peaks)
+    where = environment(args.device)
+    print(f'{args.batch} images a step, {args.rounds} rounds; {args.clock} clock, median and 95% interval; '
+          f'{", ".join(f"{key} {value}" for key, value in where.items())}\n')
+    print(report(figures, verdicts, args.varied))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        found = dict(title=args.pair.title, command=command(), environment=where, batch=args.batch, clock=args.clock,
+                     rounds=args.rounds, varied=args.varied, arms=figures, goals=verdicts)
+        args.out.write_text(json.dumps(found, indent=1))
+    if args.plot:
+        draw(figures, args.varied, args.plot)
+
+
+if __name__ == '__main__':
+    main()
