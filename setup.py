@@ -20,7 +20,8 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmkd_plugin', 'mmkd_plugin.*']),
     # links to configs/, tools/ and model-index.yml, where OpenMMLab's tools look; a wheel has the files themselves
-    package_data={'mmkd_plugin': ['.mim/*.yml', '.mim/configs/**/*.yml', '.mim/configs/**/*.py', '.mim/tools/**/*']},
+    package_data={'mmkd_plugin': ['.mim/*.yml', *(f'.mim/configs/**/*.{end}' for end in ('yml', 'md', 'py')),
+                                  '.mim/tools/**/*']},
     python_requires='>=3.10',
     classifiers=[f'Programming Language :: Python :: {version}' for version in ('3.10', '3.11', '3.12')],
     install_requires=[

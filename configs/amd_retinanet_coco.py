@@ -1,8 +1,2 @@
-# AMD, scale-free, global + local, at every level of the pyramid.
-_base_ = ['./_base_/retinanet_r101_r50_coco.py']
-
-model = dict(
-    distiller=dict(
-        type='mmkd_plugin.AMDDistiller',
-        layers=['neck'],
-        amd=dict(scale_free=True, local_grid=2)))
+# AMD for detectors: RetinaNet R101 to R50. The name stays; the recommended config is its base.
+_base_ = './amd/coco/amd_fpn_retinanet_r101_retinanet_r50_1x_coco.py'

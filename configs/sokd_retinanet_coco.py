@@ -1,6 +1,2 @@
-# SoKD on FitNet at every level of the pyramid; the policy is searched in the first 2 of 12 epochs.
-_base_ = ['./_base_/retinanet_r101_r50_coco.py', './_base_/sokd_fitnet_neck.py']
-
-model = dict(distiller=_base_.sokd.distiller)
-optim_wrapper = _base_.sokd.optim_wrapper
-custom_hooks = [_base_.sokd.hook]
+# SoKD for detectors, on PKD: RetinaNet R101 to R50. The name stays; the recommended config is its base.
+_base_ = './sokd/coco/sokd-pkd_fpn_retinanet_r101_retinanet_r50_1x_coco.py'

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def find(*data: str) -> list[Path]:
-    """Returns the configs whose names end with one of ``data``, such as ``'coco'``."""
-    return sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem.rpartition('_')[2] in data)
+    """Returns the distillation configs of data sets such as ``'coco'``."""
+    return sorted(path for folder in data for path in (ROOT / 'configs').glob(f'*/{folder}/*.py'))
 
 
 DETECTORS = find('coco')
-CLASSIFIERS = find('imagenet', 'cifar100', 'cifar10')
+CLASSIFIERS = find('imagenet', 'cifar')
+ALONE = sorted((ROOT / 'configs/cifar').glob('*.py'))
 
 
 def check(config: str | Path, options: dict, work_dir: Path) -> Runner:
@@ -141,7 +142,7 @@ class _Probe(Hook):
 
 
 def _check_reach(name: str, loss: Tensor, model: nn.Module) -> None:
-    student, adapters = _recorded_parameters(model), list(model.distiller.connectors.parameters())
+    student, adapters = _recorded_parameters(model), list(_adapters(model.distiller))
     meant, others = student, []
     if name == 'distill.loss_aug':
         meant, others = list(model.distiller.dafa.parameters()), student + adapters
@@ -151,6 +152,11 @@ def _check_reach(name: str, loss: Tensor, model: nn.Module) -> None:
     reached = _largest(gradients[:len(meant)])
     assert 0 < reached < float('inf'), f'{name} = {float(loss):g} has the gradient {reached}'
     assert _largest(gradients[len(meant):]) == 0, f'{name} reaches more than it should'
+
+
+def _adapters(distiller: nn.Module) -> Iterable[Tensor]:
+    for part in (distiller.connectors, getattr(distiller, 'aligners', nn.Module())):
+        yield from part.parameters()
 
 
 def _recorded_parameters(model: nn.Module) -> list[Tensor]:

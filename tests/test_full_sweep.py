@@ -37,7 +37,7 @@ def data_options(config, root):
     return [f'{key}={value}' for key, value in options.items()]
 
 
-@pytest.mark.parametrize('config', sweep.DETECTORS + test_classifier_configs.DISTILLATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('config', sweep.DETECTORS + sweep.CLASSIFIERS, ids=lambda path: path.stem)
 def test_train_export_and_load(config, work_dir):
     cfg = Config.fromfile(config)
     teacher = miniature.save_weights(cfg.model.teacher.cfg_path, work_dir / 'teacher.pth')

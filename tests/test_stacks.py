@@ -7,7 +7,7 @@ import pytest
 from test_digits_configs import data, teacher  # noqa: F401
 from test_main_jobs import LOAD, ROOT
 
-CONFIG = 'configs/digits/amd_retinanet_r18-c16_digits-300.py'
+CONFIG = 'configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
 ENVIRONMENTS = {'official': ROOT / '.venv', 'modern': ROOT / '.venv-modern'}
 
 pytestmark = [pytest.mark.skipif(not (path / 'complete').exists(),

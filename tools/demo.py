@@ -27,14 +27,14 @@ from mmkd_plugin.deploy.student import build_student, export_student, plain_conf
 
 PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
 ARMS = {
-    'teacher': 'configs/digits/retinanet_r18-c32_digits.py',
-    'student': 'configs/digits/retinanet_r18-c16_digits-300.py',
-    'inherited': 'configs/digits/inherit_retinanet_r18-c16_digits-300.py',
-    'amd': 'configs/digits/amd_retinanet_r18-c16_digits-300.py',
-    'fitnet': 'configs/digits/fitnet_retinanet_r18-c16_digits-300.py',
-    'dafa': 'configs/digits/dafa_retinanet_r18-c16_digits-300.py',
-    'dam': 'configs/digits/dam_retinanet_r18-c16_digits-300.py',
-    'sokd': 'configs/digits/sokd_retinanet_r18-c16_digits-300.py',
+    'teacher': 'configs/benchmarks/digits/retinanet_r18-c32_digits.py',
+    'student': 'configs/benchmarks/digits/retinanet_r18-c16_digits-300.py',
+    'inherited': 'configs/benchmarks/digits/inherit_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
+    'amd': 'configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
+    'fitnet': 'configs/benchmarks/digits/fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
+    'dafa': 'configs/benchmarks/digits/dafa_retinanet_r18-c16_digits-300.py',
+    'dam': 'configs/benchmarks/digits/dam_retinanet_r18-c16_digits-300.py',
+    'sokd': 'configs/benchmarks/digits/sokd-fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
 }
 LABELS = {
     'teacher': 'teacher',

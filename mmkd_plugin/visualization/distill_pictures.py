@@ -44,7 +44,7 @@ def check_drawable(model: nn.Module) -> None:
     if not isinstance(model, TeacherStudentDistill):
         raise ValueError('DistillVisualizationHook draws what a mmkd_plugin.TeacherStudentDistill sees, but the model '
                          f'is a {type(model).__name__}; take the hook out')
-    if not getattr(model.distiller, 'pairs', ()):
+    if not getattr(model.distiller, 'layers', ()):
         raise ValueError('DistillVisualizationHook: there are no feature maps to draw, as '
                          f'{type(model.distiller).__name__} names none: give an AMDDistiller or SoKDDistiller '
                          'layers=[...], or take the hook out')
@@ -63,34 +63,28 @@ def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None
         image_shape: (h, w) of the image in the upper left of the padded ``inputs``.
     """
     distiller = model.distiller
-    features = {pair.student: pair for pair in getattr(distiller, 'features', ())}
-    calls = {entry['recorder']: entry.get('record_idx', 0) + 1 for pair in features.values() for entry in pair.phi}
-    students, teachers = zip(*distiller.pairs)
     views = []
     try:
-        _record(model.student, distiller.student_recorders, students, calls, inputs, data_samples)
-        _record(model.teacher, distiller.teacher_recorders, teachers, {}, model.teacher_inputs(inputs, data_samples),
-                data_samples)
-        for student, teacher in distiller.pairs:
-            s_maps, t_maps = distiller.maps(student, True), distiller.maps(teacher, False)
-            found = [None] * len(t_maps)
-            if student in features and features[student].name in distiller.dams:
-                adapted = [distiller.get_record(**entry) for entry in features[student].phi]
-                found = distiller.dams[features[student].name].detect(adapted, list(t_maps))
+        _record(model.student, distiller.student_recorders, distiller.calls(True), inputs, data_samples)
+        _record(model.teacher, distiller.teacher_recorders, distiller.calls(False),
+                model.teacher_inputs(inputs, data_samples), data_samples)
+        for layer in distiller.layers:
+            s_maps, t_maps = distiller.maps(layer, True), distiller.maps(layer, False)
+            found = getattr(distiller, 'detect_areas', lambda layer: None)(layer) or [None] * len(t_maps)
             for level, (s_map, t_map, areas) in enumerate(zip(s_maps, t_maps, found)):
-                name = student + (f', level {level}' if len(t_maps) > 1 else '')
-                amd = _amd_of(distiller, student, level)
+                name = layer + (f', level {level}' if len(t_maps) > 1 else '')
+                amd = _amd_of(distiller, layer, level)
                 views.append(_view(name, s_map, t_map, areas, amd, inputs.shape[2:], image_shape))
     finally:
         model._forget_records()
     return views
 
 
-def _record(network: nn.Module, recorders: RecorderManager, names: Sequence[str], calls: dict[str, int],
-            inputs: Tensor, data_samples: list | None) -> None:
-    """Fills the recorders of these names, and no delivery."""
+def _record(network: nn.Module, recorders: RecorderManager, calls: dict[str, int], inputs: Tensor,
+            data_samples: list | None) -> None:
+    """Fills the recorders that ``calls`` names, and no delivery."""
     wanted = RecorderManager()
-    wanted.recorders.update({name: recorders.get_recorder(name) for name in names})
+    wanted.recorders.update({name: recorders.get_recorder(name) for name in calls})
     forward = PartialForward(network, wanted, calls)
     try:
         forward(inputs, data_samples)

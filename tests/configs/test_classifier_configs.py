@@ -9,22 +9,18 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmpretrain.datasets import cifar
 
-DISTILLATIONS = [path for path in sweep.CLASSIFIERS if path.stem.startswith(('amd', 'sokd'))]
-ALONE = [path for path in sweep.CLASSIFIERS if path not in DISTILLATIONS]
-
-NAMES = {'amd_resnet_imagenet': 'amd_resnet34-resnet18_imagenet',
-         'sokd_resnet_imagenet': 'sokd-reviewkd_resnet34-resnet18_imagenet'}
 PARAMETERS = {
-    'imagenet': dict(resnet50=25_557_032, resnet34=21_797_672, resnet18=11_689_512, mobilenetv2=3_504_872),
-    'cifar100': dict(resnet50=23_705_252, mobilenetv2=812_836, resnet32x4=7_433_860, resnet8x4=1_233_540,
-                     wrn40w2=2_255_156, wrn16w2=703_284, vgg13=9_462_180, vgg8=3_965_028),
-    'cifar10': dict(resnet34=21_282_122, resnet18=11_173_962, wrn16w3=1_549_530, wrn16w1=175_066, wrn28w3=3_294_042,
-                    wrn28w1=369_498)}
-BASES = dict(fitnet='L2Loss', at='ATLoss', crd='CRDLoss', reviewkd='ReviewKDLoss')
+    'in1k': dict(resnet50=25_557_032, resnet34=21_797_672, resnet18=11_689_512, mobilenetv2=3_504_872),
+    'cifar100': {'resnet50': 23_705_252, 'mobilenetv2': 812_836, 'resnet32x4': 7_433_860, 'resnet8x4': 1_233_540,
+                 'wrn40-2': 2_255_156, 'wrn16-2': 703_284, 'vgg13': 9_462_180, 'vgg8': 3_965_028},
+    'cifar10': {'resnet34': 21_282_122, 'resnet18': 11_173_962, 'wrn16-3': 1_549_530, 'wrn16-1': 175_066,
+                'wrn28-3': 3_294_042, 'wrn28-1': 369_498}}
+BASES = dict(fitnet='L2Loss', at='ATLoss', crd='CRDLoss', reviewkd='ReviewKDLoss', kd='KLDivergence')
 RECIPES = {  # epochs, learning rate, its milestones and factor, weight decay, images a step
-    'imagenet': (100, 0.1, [30, 60, 90], 0.1, 1e-4, 256),
+    'in1k': (100, 0.1, [30, 60, 90], 0.1, 1e-4, 256),
     'cifar100': (240, 0.05, [150, 180, 210], 0.1, 5e-4, 64),
     'cifar10': (200, 0.1, [40, 80, 120, 160], 0.2, 1e-4, 128)}
+BATCH = {'8xb32': 256, 'b64': 64, 'b128': 128}
 
 
 @pytest.fixture(autouse=True)
@@ -41,45 +37,46 @@ def roots(tmp_path_factory):
 
 def options(path, roots):
     """Where the data is; for ImageNet, images of 64 instead of 224."""
-    if not path.stem.endswith('imagenet'):
+    if not path.stem.endswith('in1k'):
         return miniature.cifar_options(roots[1])
     train, test = 'train_dataloader.dataset', 'test_dataloader.dataset'
     crd = {}
     if 'crd' in path.stem:
-        crd = {f'{train}.neg_num': 16, 'model.distiller.distill_losses.loss_crd.neg_num': 16,
-               'model.distiller.distill_losses.loss_crd.sample_n': 64}
+        crd = {f'{train}.neg_num': 16, 'model.distiller.base.loss.neg_num': 16,
+               'model.distiller.base.loss.sample_n': 64}
         train += '.dataset'
     return crd | {f'{train}.data_root': str(roots[0]), f'{train}.pipeline.1.scale': 64,
                   f'{test}.data_root': str(roots[0]), f'{test}.pipeline.2.crop_size': 64}
 
 
 def parts_of(path):
-    """Returns method, variant or base, teacher, student and data that the name promises."""
-    method, pair, data = NAMES.get(path.stem, path.stem).split('_')
-    return *(method.split('-') + [''])[:2], *pair.split('-'), data
+    """Returns method, what is beside it, teacher, student and data that the name says."""
+    method, _, teacher, student, _, data = path.stem.split('_')
+    method, *others = method.split('-')
+    return method, others, teacher, student, data
 
 
 def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize('config', DISTILLATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('config', sweep.CLASSIFIERS, ids=lambda path: path.stem)
 def test_one_step_of_what_the_name_says(config, roots, tmp_path):
     model = sweep.check(config, options(config, roots), tmp_path).model
-    method, variant, teacher, student, data = parts_of(config)
+    method, others, teacher, student, data = parts_of(config)
     assert [count(model.teacher), count(model.student)] == [PARAMETERS[data][name] for name in (teacher, student)]
     losses = {type(loss).__name__ for loss in model.distiller.distill_losses.values()}
-    base = {BASES[variant]} if variant in BASES else set()
+    beside = {BASES[name] for name in others if name in BASES}
     if method == 'amd':
-        assert losses == base | {'AMDLoss'} | ({'KLDivergence'} if variant != 'alone' else set())
+        assert losses == beside | {'AMDLoss'}
         amd = [loss for loss in model.distiller.distill_losses.values() if type(loss).__name__ == 'AMDLoss']
-        assert len(amd) == 3 and {loss.local_grid for loss in amd} == {2 if variant == 'local' else 1}
-        assert model.student.head.loss_module.loss_weight == (1.0 if variant == 'alone' else 0.1)
+        assert len(amd) == 3 and {loss.local_grid for loss in amd} == {2 if 'local' in others else 1}
+        assert model.student.head.loss_module.loss_weight == (0.1 if 'kd' in others else 1.0)
     else:
-        assert losses == base and model.distiller.dafa is not None and len(model.distiller.dams)
+        assert losses == beside and model.distiller.dafa is not None and len(model.distiller.dams)
 
 
-@pytest.mark.parametrize('config', ALONE, ids=lambda path: path.stem)
+@pytest.mark.parametrize('config', sweep.ALONE, ids=lambda path: path.stem)
 def test_a_network_alone_trains(config, roots, tmp_path):
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(options(config, roots))
@@ -92,27 +89,28 @@ def test_a_network_alone_trains(config, roots, tmp_path):
     runner.train()
     assert torch.isfinite(runner.model.head.fc.weight).all() and (runner.model.head.fc.weight != before).any()
     assert set(runner.test()) == {'accuracy/top1'}
-    name, data = config.stem.split('_')
+    name, _, data = config.stem.split('_')
     assert count(runner.model) == PARAMETERS[data][name]
 
 
-@pytest.mark.parametrize('config', sweep.CLASSIFIERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('config', sweep.CLASSIFIERS + sweep.ALONE, ids=lambda path: path.stem)
 def test_the_recipe_is_the_authors(config):
     cfg = Config.fromfile(config)
     optimizer, schedule = cfg.optim_wrapper.optimizer, cfg.param_scheduler
     epochs, lr, milestones, factor, decay, batch = RECIPES[config.stem.rpartition('_')[2]]
-    if 'mobilenetv2_cifar' in config.stem:
+    if 'mobilenetv2_b64_cifar' in config.stem:
         lr = 0.01
     assert (optimizer.type, optimizer.momentum, schedule.type) == ('SGD', 0.9, 'MultiStepLR')
     assert (cfg.train_cfg.max_epochs, optimizer.lr, list(schedule.milestones), schedule.gamma,
             optimizer.weight_decay) == (epochs, lr, milestones, factor, decay)
-    gpus = 8 if config.stem.endswith('imagenet') else 1
+    gpus = 8 if config.stem.endswith('in1k') else 1
     assert gpus * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == batch
+    assert batch == BATCH[config.stem.split('_')[-2]]
 
 
 @pytest.mark.parametrize('augment', ['mixup', 'cutmix'])
 def test_mixed_labels_reach_the_loss_and_the_teacher_sees_the_mixed_images(augment, roots, tmp_path):
-    config = sweep.ROOT / f'configs/amd-{augment}_wrn16w3-wrn16w1_cifar10.py'
+    config = sweep.ROOT / f'configs/amd/cifar/amd-kd-{augment}_backbone_wrn16-3_wrn16-1_b128_cifar10.py'
     cfg = sweep.load(config, options(config, roots) | {'train_dataloader.batch_size': 8}, tmp_path)
     model = Runner.from_cfg(cfg).model.train()
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from mmkd_plugin.datasets.digits import make_digits
 from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
-CONFIGS = sorted(Path('configs/digits').glob('*.py'))
+CONFIGS = sorted(Path('configs/benchmarks/digits').glob('*.py'))
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 def teacher(tmp_path_factory):
     from mmdet.registry import MODELS
     from mmengine.registry import DefaultScope
-    cfg = Config.fromfile('configs/digits/retinanet_r18-c32_digits.py')
+    cfg = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c32_digits.py')
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model)
     path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'

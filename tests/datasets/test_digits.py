@@ -19,8 +19,8 @@ from mmkd_plugin.datasets.digits import make_digits, split_sources
 from mmkd_plugin.datasets.scenes import draw_scene
 
 ROOT = Path(__file__).parents[2]
-TEACHER = 'configs/digits/retinanet_r18-c32_digits.py'
-STUDENT = 'configs/digits/retinanet_r18-c16_digits-300.py'
+TEACHER = 'configs/benchmarks/digits/retinanet_r18-c32_digits.py'
+STUDENT = 'configs/benchmarks/digits/retinanet_r18-c16_digits-300.py'
 SMALL = dict(num_train=24, num_val=12)
 
 

@@ -22,7 +22,7 @@ from mmkd_plugin import measure
 from mmkd_plugin.checkpoints.resume import add_safety_hooks
 from mmkd_plugin.deploy.student import export_student, plain_config
 
-DIGITS = Path('configs/digits/amd_retinanet_r18-c16_digits-300.py')
+DIGITS = Path('configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py')
 HOOKS = [dict(type='EMAHook', momentum=0.5), dict(type='mmrazor.StopDistillHook', stop_epoch=2),
          dict(type='mmkd_plugin.BestStudentHook')]
 
@@ -154,7 +154,8 @@ def test_an_averaged_run_resumes_to_the_same_average(averaged, data, teacher, tm
 
 
 def test_the_policy_goes_on_from_its_own_values_not_from_their_average(data, teacher, tmp_path):  # noqa: F811
-    cfg = load('configs/digits/sokd_retinanet_r18-c16_digits-300.py', data, teacher, tmp_path)
+    config = 'configs/benchmarks/digits/sokd-fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
+    cfg = load(config, data, teacher, tmp_path)
     cfg.merge_from_dict({'train_cfg.max_epochs': 2, 'experiment_name': f'{tmp_path.name}_1', 'custom_hooks': [
         dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0002, update_buffers=True, priority=49),  # RTMDet's
         dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=1)]})
@@ -234,7 +235,7 @@ def test_the_plain_config_has_the_hooks_of_mmengine_only():
     assert cfg.default_hooks.checkpoint.type == 'mmkd_plugin.SafeCheckpointHook'
     assert 'best_student' in cfg.default_hooks and 'best_student' not in plain.default_hooks
     assert not re.search('mmkd_plugin|mmrazor', Config(plain.to_dict(), format_python_code=False).pretty_text)
-    alone = Config.fromfile('configs/digits/retinanet_r18-c16_digits-300.py')
+    alone = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py')
     add_safety_hooks(alone)
     assert 'mmkd_plugin' not in Config(plain_config(alone).to_dict(), format_python_code=False).pretty_text
 

@@ -18,7 +18,7 @@ KILLS = 4  # of each run
 
 # Everything that can be random: order, transforms in persistent workers, anchors in the main process, the policy.
 CONFIG = '''
-_base_ = '{root}/configs/digits/{config}'
+_base_ = '{root}/configs/benchmarks/digits/{config}'
 train_dataloader = dict(
     batch_size=4, num_workers={workers}, persistent_workers={workers} > 0,
     dataset=dict(data_root='{data}/', indices=20, pipeline=[
@@ -62,7 +62,7 @@ def data(tmp_path_factory):
     from miniature import save_weights
     root = tmp_path_factory.mktemp('data') / 'digits'
     make_digits(root, num_train=20, num_val=2)
-    save_weights(f'{ROOT}/configs/digits/retinanet_r18-c32_digits.py', root / 'teacher.pth')
+    save_weights(f'{ROOT}/configs/benchmarks/digits/retinanet_r18-c32_digits.py', root / 'teacher.pth')
     return root
 
 

@@ -53,16 +53,17 @@ def test_check_teacher_adds_its_hook():
     hooks = load(check_teacher=True).custom_hooks
     assert [hook.type for hook in hooks].count('mmkd_plugin.CheckTeacherHook') == 1
     with pytest.raises(ValueError, match='--check-teacher: .*no teacher'):
-        load('configs/digits/retinanet_r18-c16_digits-300.py', check_teacher=True)
+        load('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py', check_teacher=True)
 
 
 def test_trust_checkpoint_reaches_the_model():
     assert load(trust_checkpoint=True).model.trust_checkpoint is True
     assert 'trust_checkpoint' not in load().model
-    assert 'trust_checkpoint' not in load('configs/digits/retinanet_r18-c16_digits-300.py', trust_checkpoint=True).model
+    alone = load('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py', trust_checkpoint=True)
+    assert 'trust_checkpoint' not in alone.model
 
 
 def test_compile_is_answered_with_the_hook():
     with pytest.raises(ValueError, match='CompileStudentHook'):
         load(cfg_options={'compile': True})
-    assert load('configs/vgg8_cifar100.py', cfg_options={'compile': True}).compile is True
+    assert load('configs/cifar/vgg8_b64_cifar100.py', cfg_options={'compile': True}).compile is True

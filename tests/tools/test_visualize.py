@@ -30,7 +30,7 @@ def tool(monkeypatch, capsys):
 
 
 def test_a_sheet_of_the_demos_student(tool, data, teacher, tmp_path):  # noqa: F811
-    config = 'configs/digits/amd_retinanet_r18-c16_digits-300.py'
+    config = 'configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
     init_default_scope('mmdet')
     student = MODELS.build(Config.fromfile(config).model.architecture)
     torch.save(dict(meta=dict(dataset_meta=dict(classes=tuple('abcdefghij'))), state_dict=student.state_dict()),

@@ -86,16 +86,16 @@ class Pair:
 
 RESNET = Pair('ResNet34 to ResNet18',
               dict(amd='configs/amd_resnet_imagenet.py', sokd='configs/sokd_resnet_imagenet.py'),
-              'configs/_base_/resnet34_resnet18_imagenet.py',
+              'configs/_base_/pairs/resnet34_resnet18_8xb32_in1k.py',
               {'backbone.layer2': 128, 'backbone.layer3': 256, 'backbone.layer4': 512}, (224, 224), 16)
 PAIRS = {
     'retinanet': Pair('RetinaNet R101 to R50',
                       dict(amd='configs/amd_retinanet_coco.py', sokd='configs/sokd_retinanet_coco.py'),
-                      'configs/_base_/retinanet_r101_r50_coco.py',
+                      'configs/_base_/pairs/retinanet_r101_retinanet_r50_1x_coco.py',
                       {f'neck.fpn_convs.{i}': 256 for i in range(5)}, (384, 384), 2),
     'resnet': RESNET,
     'resnet-fitnet': replace(RESNET, title='ResNet34 to ResNet18, SoKD on FitNet', configs=dict(
-        RESNET.configs, sokd='configs/sokd-fitnet_resnet34-resnet18_imagenet.py')),
+        RESNET.configs, sokd='configs/sokd/imagenet/sokd-fitnet_backbone_resnet34_resnet18_8xb32_in1k.py')),
 }
 
 

@@ -1,41 +1,11 @@
-"""What the log says of losses beyond their values: what they are without their weights, and which are dead."""
+"""Warns of losses that are always zero."""
 import logging
-import re
 import sys
 from collections.abc import Collection, Mapping
 
 import torch
 from mmengine.logging import print_log
-from mmrazor.models.distillers import ConfigurableDistiller
 from torch import Tensor
-
-UNWEIGHTED = 'unweighted.'
-_DAM_PART = re.compile(r'loss_(dam_(?:detect|area|anchor))(?:_.+)?')
-
-
-def loss_weight(distiller: ConfigurableDistiller, name: str) -> float:
-    """Returns the weight within a distillation loss: its module's ``loss_weight``, or DAM's of that part; 1 if none."""
-    part = _DAM_PART.fullmatch(name)
-    if name in distiller.distill_losses:
-        weight = getattr(distiller.distill_losses[name], 'loss_weight', 1.0)
-    elif part and getattr(distiller, 'dams', None):
-        weight = getattr(next(iter(distiller.dams.values())), f'{part[1].removeprefix("dam_")}_loss_weight')
-    else:
-        weight = 1.0
-    return float(weight) if isinstance(weight, (int, float)) else 1.0
-
-
-def unweighted(distiller: ConfigurableDistiller, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns, for the log only, each distillation loss divided by its weight; ``loss_amd`` as ``unweighted.loss_amd``.
-
-    MMEngine's log averages what has ``loss`` in its name, and its ``parse_losses`` adds it up: the algorithm's own
-    leaves these out. Of a loss of weight 0 nothing is known.
-
-    Args:
-        losses: as the modules return them, before any schedule.
-    """
-    weights = {name: loss_weight(distiller, name) for name in losses}
-    return {f'{UNWEIGHTED}{name}': losses[name].detach() / weight for name, weight in weights.items() if weight}
 
 
 class ZeroWatch:
@@ -47,14 +17,14 @@ class ZeroWatch:
 
     def __init__(self, window: int = 100) -> None:
         self.window = window
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.names: tuple[str, ...] = ()
 
-    def __call__(self, losses: Mapping[str, Tensor | list[Tensor]], meant: Collection[str] = ()) -> None:
-        """Looks at the losses of an iteration; those in ``meant`` are zero by intention."""
+    def __call__(self, losses: Mapping[str, Tensor | list[Tensor]], expected_zero: Collection[str] = ()) -> None:
+        """Looks at the losses of an iteration; those in ``expected_zero`` have a weight of zero."""
         if _compiling():
             return
-        names = tuple(name for name in losses if 'loss' in name and name not in meant)
+        names = tuple(name for name in losses if 'loss' in name and name not in expected_zero)
         if not names:
             return
         values = torch.stack([_value(losses[name]) for name in names])  # (number of losses, )
@@ -64,12 +34,13 @@ class ZeroWatch:
             self.largest, self.seen = torch.maximum(self.largest, values), self.seen + 1
         if self.seen < self.window:
             return
-        dead = [name for name, value in zip(names, self.largest.tolist()) if value == 0 and name not in self.told]
-        self.told.update(dead)
+        dead = [name for name, value in zip(names, self.largest.tolist()) if value == 0 and name not in self.warned]
+        self.warned.update(dead)
         self.names = ()
         for name in dead:
-            print_log(f'{name} has been exactly 0 for {self.window} iterations: nothing is learnt from it. Does it '
-                      'read the layers that are meant, of more than one cell, and have the images what it needs?',
+            print_log(f'{name} has been exactly 0 for {self.window} iterations: the student learns nothing from '
+                      'it. Check that it reads the right layers, that their maps have more than one cell, and that the '
+                      'images have the annotations it needs.',
                       logger='current', level=logging.WARNING)
 
 

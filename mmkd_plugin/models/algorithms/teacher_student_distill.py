@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
 from ...registry import MODELS
-from ..distillers.layer_distiller import exact_zero
+from ..distillers.feature_distiller import exact_zero
 from ..recording import PartialForward, check_sources, check_wiring, layers_in_place, write_in_place
 from .dry_run import dry_run
 from .held_out_search import keep_statistics, set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
-from .loss_log import UNWEIGHTED, ZeroWatch, loss_weight, unweighted
+from .loss_log import ZeroWatch
 from .loss_schedule import build_schedules
 from .renormalize import Renormalize
 
@@ -158,11 +158,9 @@ class TeacherStudentDistill(SingleTeacherDistill):
         inherit_modules(self.inherit, self.student, self.teacher)
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
-        """Returns ``student.*``, the task losses, ``distill.*``, the weighted distillation losses, and for the log
-        ``unweighted.*``, the same without their weights and schedules.
-        """
+        """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses."""
         search_batch = take_search_batch(self.data_preprocessor)
-        distilling, plain, meant = not self.distillation_stopped, {}, set()
+        distilling, expected_zero = not self.distillation_stopped, set()
         if distilling:
             self.distiller.set_deliveries_override(False)
             self._record_teacher(batch_inputs, data_samples)
@@ -172,22 +170,15 @@ class TeacherStudentDistill(SingleTeacherDistill):
         if distilling:
             if hasattr(self.distiller, 'prepare_batch'):
                 self.distiller.prepare_batch(batch_inputs, data_samples)
-            distilled, plain, meant = self._distill_losses(search_batch)
+            distilled, expected_zero = self._distill_losses(search_batch)
             losses.update(add_prefix(distilled, 'distill'))
         elif any(parameter.requires_grad for parameter in self.distiller.parameters()):
             losses['loss_unused'] = exact_zero(self.distiller)  # DistributedDataParallel misses no gradient
-            meant = {'loss_unused'}
+            expected_zero = {'loss_unused'}
         self._forget_records()
         if self.training:
-            self._zero_watch(losses, meant)
-        losses.update(plain)
+            self._zero_watch(losses, expected_zero)
         return losses
-
-    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in MMEngine; ``unweighted.*`` is in the log, and not in the sum."""
-        told = {name: value for name, value in losses.items() if name.startswith(UNWEIGHTED)}
-        total, log = super().parse_losses({name: value for name, value in losses.items() if name not in told})
-        return total, type(log)(log, **told)
 
     def _record_teacher(self, batch_inputs: Tensor, data_samples: list | None) -> None:
         with torch.no_grad(), self.distiller.deliveries:
@@ -203,8 +194,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
             for recorder in recorders.recorders.values():
                 recorder.reset_data_buffer()
 
-    def _distill_losses(self, search_batch: dict | None) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
-        """Returns the losses, the same unweighted for the log, and the full names of those that are meant to be 0."""
+    def _distill_losses(self, search_batch: dict | None) -> tuple[dict[str, Tensor], set[str]]:
+        """Returns the losses, and the full names of those whose weight is zero."""
         policy = getattr(self.distiller, 'dafa', None)
         if search_batch is None or policy is not None and policy.frozen:
             losses = self.distiller.compute_distill_losses()
@@ -217,14 +208,14 @@ class TeacherStudentDistill(SingleTeacherDistill):
         else:
             losses = self.distiller.compute_distill_losses(search=False)
             losses['loss_aug'] = self._held_out_policy_loss(search_batch)
-        plain = unweighted(self.distiller, losses)
-        meant = {f'distill.{name}' for name in losses if not loss_weight(self.distiller, name)
-                 or policy is not None and policy.frozen and name.startswith('loss_align')}
+        weight_of = getattr(self.distiller, 'weight_of', lambda name: getattr(
+            self.distiller.distill_losses[name], 'loss_weight', 1.0))
+        expected_zero = {f'distill.{name}' for name in losses if not weight_of(name)}
         for name, schedules in self._schedules.items():
             for factor in [schedule() for schedule in schedules]:
                 losses[name] = losses[name] * factor
-                meant.update([] if factor else [f'distill.{name}'])
-        return losses, plain, meant
+                expected_zero.update([] if factor else [f'distill.{name}'])
+        return losses, expected_zero
 
     def _held_out_policy_loss(self, search_batch: dict) -> Tensor:
         """The policy's loss on a batch of its own, which leaves no trace in the student."""

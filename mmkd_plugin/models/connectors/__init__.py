@@ -1,4 +1,5 @@
 from .conv_adapter import ConvAdapter
+from .fitnet_connector import FitNetConnector
 from .review_kd_connector import ReviewKDConnector
 
-__all__ = ['ConvAdapter', 'ReviewKDConnector']
+__all__ = ['ConvAdapter', 'FitNetConnector', 'ReviewKDConnector']

@@ -229,6 +229,9 @@ class AMDLoss(nn.Module):
                                   loss.new_tensor(self.local_weight))
             return self.loss_weight * loss
 
+    def per_map(self, s_feature, t_feature):
+        return torch.stack([self(s, t) for s, t in zip(s_feature, t_feature)])
+
     def _distance(self, a_s: Tensor, a_t: Tensor, grid: int) -> Tensor:
         patches = _Patches(grid, a_s)
         q_s, q_t = (_project(a, patches if self.scale_free else None) for a in (a_s, a_t))

@@ -59,8 +59,8 @@ def test_works_in_mmrazors_own_algorithm(build):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(student_recorders=dict(neck=dict(type='ModuleOutputs', source='neck'))), "recorder is named 'neck'"),
-    (dict(distill_losses=dict(loss_amd_neck_0=dict(type='ATLoss'))), 'loss_amd_neck_0.*rename'),
+    (dict(student_recorders=dict(neck=dict(type='ModuleOutputs', source='neck'))), "layers: .*'neck'.*Rename"),
+    (dict(distill_losses=dict(loss_amd_neck_0=dict(type='ATLoss'))), 'loss_amd_neck_0.*Rename'),
 ])
 def test_clashing_names_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,0 @@
-# AMD with KD on images mixed with each other. The teacher sees the same, and the classification loss the mixed labels.
-# The teacher is trained without; alpha is our choice.
-_base_ = ['./amd_wrn16w3-wrn16w1_cifar10.py']
-
-model = dict(architecture=dict(train_cfg=dict(augments=dict(type='Mixup', alpha=0.2))))

@@ -1,0 +1,4 @@
+# AMD, scale-free, global + local, at every level of the pyramid.
+_base_ = '../../_base_/pairs/faster-rcnn_r101_faster-rcnn_r18_1x_coco.py'
+
+model = dict(distiller=dict(type='mmkd_plugin.AMDDistiller', layers=['neck'], amd=dict(scale_free=True, local_grid=2)))

@@ -1,8 +1,0 @@
-# AMD, scale-free, global + local, at every level of the pyramid.
-_base_ = ['./_base_/faster-rcnn_r101_r18_coco.py']
-
-model = dict(
-    distiller=dict(
-        type='mmkd_plugin.AMDDistiller',
-        layers=['neck'],
-        amd=dict(scale_free=True, local_grid=2)))

@@ -1,8 +1,0 @@
-# AMD, scale-free, global + local, at every level of the pyramid.
-_base_ = ['./_base_/mask-rcnn_r101_r50_coco.py']
-
-model = dict(
-    distiller=dict(
-        type='mmkd_plugin.AMDDistiller',
-        layers=['neck'],
-        amd=dict(scale_free=True, local_grid=2)))

@@ -1,0 +1,11 @@
+# SoKD on FitNet. The policy is searched in the first quarter of the epochs.
+_base_ = './fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
+
+model = dict(distiller=dict(type='mmkd_plugin.SoKDDistiller'))
+optim_wrapper = dict(
+    constructor='mmkd_plugin.PolicyOptimWrapperConstructor',
+    policy=dict(type='Adam', lr=1e-2, betas=(0.5, 0.999)))
+custom_hooks = [
+    dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=6),
+    dict(type='mmkd_plugin.DistillVisualizationHook', interval=76),
+]

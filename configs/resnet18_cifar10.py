@@ -1,4 +1,0 @@
-# MMPretrain's ResNet18 for 32 x 32 alone.
-_base_ = ['./_base_/cifar10.py']
-
-model = dict(backbone=dict(type='ResNet_CIFAR', depth=18), head=dict(in_channels=512))

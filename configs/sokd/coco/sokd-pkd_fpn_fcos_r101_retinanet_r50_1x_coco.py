@@ -1,0 +1,6 @@
+# SoKD on PKD at every level of the pyramid. The policy is searched in the first 2 of 12 epochs.
+_base_ = '../../_base_/pairs/fcos_r101_retinanet_r50_1x_coco.py'
+
+model = dict(distiller=dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], base='pkd'))
+optim_wrapper = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor')
+custom_hooks = [dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=2)]

@@ -1,4 +1,0 @@
-# WRN-28-3 alone: the teacher of WRN-28-1.
-_base_ = ['./_base_/cifar10.py']
-
-model = dict(backbone=dict(type='mmrazor.WideResNet', depth=28, widen_factor=3), head=dict(in_channels=192))

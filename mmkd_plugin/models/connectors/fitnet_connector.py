@@ -1,0 +1,54 @@
+"""FitNet's regressor.
+
+Letters: N images, C channels, (H, W) a level's map, L positions of all levels.
+"""
+from collections.abc import Sequence
+
+import torch
+from mmrazor.models.architectures.connectors.base_connector import BaseConnector
+from torch import Tensor, nn
+
+from ...registry import MODELS
+from ...utils import check_number
+
+
+@MODELS.register_module()
+class FitNetConnector(BaseConnector):
+    """A 1x1 convolution with batch norm, from the student's to the teacher's channels [0].
+
+    [0] Romero, Ballas, Kahou, Chassang, Gatta, Bengio, *FitNets: Hints for Thin Deep Nets*, ICLR 2015,
+    arXiv 1412.6550. Its regressor is a convolution without padding; with maps of equal size, as benchmarks
+    of distillation have it, that is 1x1.
+
+    All levels of a pyramid share it, and batch norm takes its statistics over the positions of all levels
+    together, so that a level of one position is no error.
+
+    Args:
+        in_channels: of the student's maps.
+        out_channels: of the teacher's maps.
+
+    Raises:
+        ValueError: a number of channels is not a positive whole number.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels = check_number('FitNetConnector.in_channels', in_channels, least=1, whole=True)
+        self.out_channels = check_number('FitNetConnector.out_channels', out_channels, least=1, whole=True)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = nn.BatchNorm1d(out_channels)
+
+    def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Maps one feature (N, C, H, W), or a sequence of levels, to the teacher's channels.
+
+        Raises:
+            ValueError: a feature does not have ``in_channels``.
+        """
+        levels = [feature] if isinstance(feature, Tensor) else list(feature)
+        if any(x.dim() != 4 or x.shape[1] != self.in_channels for x in levels):
+            raise ValueError(f'FitNetConnector expects features of shape (N, {self.in_channels}, H, W), '
+                             f'got {[tuple(x.shape) for x in levels]}')
+        row = self.norm(torch.cat([self.conv(x).flatten(2) for x in levels], 2))  # (N, C, L)
+        parts = row.split([x.shape[2] * x.shape[3] for x in levels], 2)
+        out = [part.unflatten(2, x.shape[2:]) for part, x in zip(parts, levels, strict=True)]
+        return out[0] if isinstance(feature, Tensor) else out

@@ -1,0 +1,354 @@
+"""Distillation of feature maps at layers that are named in a short list."""
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmrazor.models.distillers import ConfigurableDistiller
+from mmrazor.models.task_modules import RecorderManager
+from mmrazor.registry import MODELS as RAZOR_MODELS
+from torch import Tensor, nn
+
+from ...registry import MODELS
+from ...utils import check_number
+from ..recording import check_sources, record_blank_image
+from .presets import fill_channels, resolve
+
+DATA_SAMPLES = 'data_samples'  # recorder of the student's input, for losses that read it
+
+
+@MODELS.register_module()
+class FeatureDistiller(ConfigurableDistiller):
+    """MMRazor's ``ConfigurableDistiller`` that writes recorders, connectors, losses and mappings itself.
+
+    ``layers`` names what is compared, ``base`` how. The layer ``'neck'`` of a detector gives one map a pyramid level, a
+    layer that runs several times in a forward gives the maps of each call. How many maps a layer has and their channels
+    are learned from a dummy input when the models are there; :meth:`written_config` shows all that was filled in.
+
+    The losses are ``loss_BASE_LAYER``, with ``_`` for dots in the layer's name, and ``loss_BASE_LAYER_0``, ``_1``, ...
+    where a layer has several maps.
+
+    Usage, in a config::
+
+        distiller=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base='pkd')
+        distiller=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base=['pkd', 'amd-scale-free'],
+                       loss_weight=[10.0, 1.0])
+        distiller=dict(type='mmkd_plugin.FeatureDistiller', layers=['backbone.layer3'],
+                       base=dict(loss=dict(type='L1Loss'), weight=2.0))
+
+    Args:
+        layers: names of modules, each the same in student and teacher or a pair (student's, teacher's).
+        base: a preset's name or a dict, as in :mod:`.presets`, or a list of them. None: no base.
+        loss_weight: in place of the base's ``weight``; a list if ``base`` is one.
+        student_recorders, teacher_recorders, connectors, distill_losses, loss_forward_mappings: further ones, as in
+            ``ConfigurableDistiller``.
+
+    Raises:
+        ValueError: an argument is wrong; when the models are there: a layer is not in its model, or its output is not
+            feature maps (N, C, H, W), equally many in student and teacher.
+    """
+
+    def __init__(self,
+                 layers: Sequence[str | Sequence[str]],
+                 base: str | dict | Sequence[str | dict] | None = 'fitnet',
+                 loss_weight: float | Sequence[float] | None = None,
+                 student_recorders: dict | None = None,
+                 teacher_recorders: dict | None = None,
+                 connectors: dict | None = None,
+                 distill_losses: dict | None = None,
+                 loss_forward_mappings: dict | None = None,
+                 **kwargs) -> None:
+        pairs = _pairs(layers)
+        clash = set(pairs) & (set(student_recorders or {}) | set(teacher_recorders or {}))
+        if clash:
+            raise ValueError(f'layers: a recorder has the name {min(clash)!r}, too. Rename the recorder')
+        self.bases = _bases(base, loss_weight)
+        student = {name: dict(type='ModuleOutputs', source=pair[0]) for name, pair in pairs.items()}
+        teacher = {name: dict(type='ModuleOutputs', source=pair[1]) for name, pair in pairs.items()}
+        if any(DATA_SAMPLES in whole['inputs'].values() for _, whole in self.bases):
+            student[DATA_SAMPLES] = dict(type='ModuleInputs', source='')
+        self._written = dict(
+            type='mmrazor.ConfigurableDistiller',
+            student_recorders=dict(student_recorders or {}, **student),
+            teacher_recorders=dict(teacher_recorders or {}, **teacher),
+            connectors=dict(connectors or {}),
+            distill_losses=dict(distill_losses or {}),
+            loss_forward_mappings=dict(loss_forward_mappings or {}))
+        super().__init__(**{key: value for key, value in self._written.items() if key != 'type'}, **kwargs)
+        self.layers = list(pairs)
+        self.weights: dict[str, float] = {}  # of the base's losses, by name
+        self._whole: set[str] = set()  # connectors that take all maps of a layer
+        self._fused: set[str] = set()  # connectors that take all maps of all layers
+        self._at_once: dict[str, list[str]] = {}  # losses of one call, by the base's name
+        self._places: dict[bool, dict[str, list[tuple[int, int | None]]]] = {True: {}, False: {}}
+        self._outputs: dict[tuple, Any] | None = None  # of connectors, within a step
+
+    def written_config(self) -> str:
+        """Returns, once the models are there, a ``ConfigurableDistiller`` config with all that was filled in.
+
+        Where a weight is not 1, a comment has it, because MMRazor's losses have no weight in common.
+        """
+        lines = [f'# {name}: weight {weight:g}' for name, weight in self.weights.items() if weight != 1]
+        return '\n'.join([*lines, Config(dict(distiller=self._written)).pretty_text])
+
+    def prepare_from_student(self, model: nn.Module) -> None:
+        check_sources(self._written['student_recorders'], model, 'layers')
+        super().prepare_from_student(model)
+        self._record(model, True)
+
+    def prepare_from_teacher(self, model: nn.Module) -> None:
+        """Also adds connectors and losses, so that every part exists before an optimiser is built."""
+        check_sources(self._written['teacher_recorders'], model, 'layers')
+        super().prepare_from_teacher(model)
+        self._record(model, False)
+        maps = {layer: (self.maps(layer, True), self.maps(layer, False)) for layer in self.layers}
+        for layer, (s_maps, t_maps) in maps.items():
+            if len(s_maps) != len(t_maps):
+                raise ValueError(f'layers: {layer!r} gives {len(s_maps)} feature maps in the student and '
+                                 f'{len(t_maps)} in the teacher')
+        self.wire(maps)
+
+    def _record(self, model: nn.Module, from_student: bool) -> None:
+        """Fills the layers' recorders from a dummy input, and notes where their maps are."""
+        manager, wanted = self.student_recorders if from_student else self.teacher_recorders, RecorderManager()
+        wanted.recorders.update({name: manager.get_recorder(name) for name in self.layers})
+        record_blank_image(model, wanted)
+        for name in self.layers:
+            places = []
+            for call, output in enumerate(wanted.get_recorder(name).data_buffer):
+                several = isinstance(output, (list, tuple))
+                maps = output if several else [output]
+                if not maps or not all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
+                    given = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps]
+                    raise ValueError(f'layers: {name!r} of the {"student" if from_student else "teacher"} must have '
+                                     f'feature maps (N, C, H, W) as its output, got {given}')
+                places += [(call, i if several else None) for i in range(len(maps))]
+            self._places[from_student][name] = places
+
+    def wire(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Adds the connectors and losses of the bases.
+
+        Args:
+            maps: by layer, what student and teacher make of a dummy input, equally many maps.
+        """
+        for name, base in self.bases:
+            self._wire_base(name, base, maps)
+
+    def _wire_base(self, name: str, base: dict, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
+        s_all, t_all = ([x.shape[1] for pair in maps.values() for x in pair[side]] for side in (0, 1))
+        if base['share'] == 'all':
+            for end, config in (('connector', base['connector']), ('t_connector', base['t_connector'])):
+                if config:
+                    self._fused.add(self._add_connector(f'{name}_{end}', config, s_all, t_all))
+        index = 0
+        for layer, (s_maps, t_maps) in maps.items():
+            for level in range(len(s_maps)):
+                names = dict(student=base['connector'], teacher=base['t_connector'])
+                entries = {}
+                for side, connector in names.items():
+                    from_student = side == 'student'
+                    entry = self.place(layer, level, from_student)
+                    if connector:
+                        entry.update(self._connect(
+                            f'{name}_connector' if from_student else f'{name}_t_connector', connector,
+                            base['share'], layer, level, index, s_maps, t_maps))
+                        if base['share'] != 'map':
+                            entry.pop('data_idx', None)
+                    entries[side] = entry
+                entries[DATA_SAMPLES] = dict(recorder=DATA_SAMPLES, from_student=True, data_idx=1)
+                loss = f'loss_{name}_{map_name(layer, level, len(s_maps))}'
+                self.add_loss(loss, base['loss'], base['weight'],
+                              **{argument: entries[role] for argument, role in base['inputs'].items()})
+                if base['at_once']:
+                    self._at_once.setdefault(name, []).append(loss)
+                index += 1
+
+    def _connect(self, name: str, config: dict | list, share: str, layer: str, level: int, index: int,
+                 s_maps: list[Tensor], t_maps: list[Tensor]) -> dict:
+        """Returns what an entry of ``loss_forward_mappings`` says of the connector, which it adds at first use."""
+        if share == 'all':
+            return dict(connector=name, connector_idx=index)
+        if share == 'map':
+            name = f'{name}_{map_name(layer, level, len(s_maps))}'
+            return dict(connector=self._add_connector(name, config, s_maps[level].shape[1], t_maps[level].shape[1]))
+        name = f'{name}_{layer.replace(".", "_")}'
+        if level == 0:
+            self._whole.add(self._add_connector(name, config, one_width(layer, 'student', s_maps),
+                                                one_width(layer, 'teacher', t_maps)))
+        return dict(connector=name, connector_idx=level)
+
+    def _add_connector(self, name: str, config: dict | list, s_channels: int | list[int],
+                       t_channels: int | list[int]) -> str:
+        if name in self.connectors:
+            raise ValueError(f'connectors: the distiller writes a connector named {name!r} itself. Rename yours')
+        config = fill_channels(config, s_channels, t_channels)
+        with DefaultScope.overwrite_default_scope('mmrazor'):
+            self.connectors[name] = self.build_connectors({name: config})[name]
+        self._written['connectors'][name] = config
+        return name
+
+    def add_loss(self, name: str, loss: dict, weight: float = 1.0, **inputs: dict) -> None:
+        """Adds a loss and where it reads its ``inputs``, each an entry of ``loss_forward_mappings``."""
+        if name in self.distill_losses:
+            raise ValueError(f'distill_losses.{name}: the distiller writes a loss of this name itself. Rename yours')
+        with DefaultScope.overwrite_default_scope('mmrazor'):
+            self.distill_losses[name] = RAZOR_MODELS.build(loss)
+        self.loss_forward_mappings[name] = inputs
+        self.weights[name] = weight
+        self._written['distill_losses'][name] = loss
+        self._written['loss_forward_mappings'][name] = inputs
+
+    @property
+    def loss_names(self) -> list[str]:
+        """The names of all losses."""
+        return list(self.distill_losses)
+
+    def place(self, layer: str, level: int, from_student: bool) -> dict:
+        """Returns where a map is, as an entry of ``loss_forward_mappings``."""
+        call, part = self._places[from_student][layer][level]
+        entry = dict(recorder=layer, from_student=from_student)
+        if call:
+            entry['record_idx'] = call
+        if part is not None:
+            entry['data_idx'] = part
+        return entry
+
+    def calls(self, from_student: bool) -> dict[str, int]:
+        """Returns how often each layer runs in a forward."""
+        return {layer: places[-1][0] + 1 for layer, places in self._places[from_student].items()}
+
+    def maps(self, layer: str, from_student: bool) -> list[Tensor]:
+        """Returns all maps of a layer, (N, C, H, W) each, as they were recorded."""
+        return [ConfigurableDistiller.get_record(self, **self.place(layer, level, from_student))
+                for level in range(len(self._places[from_student][layer]))]
+
+    def get_record(self,
+                   recorder: str,
+                   from_student: bool,
+                   record_idx: int = 0,
+                   data_idx: int | None = None,
+                   connector: str | None = None,
+                   connector_idx: int | None = None) -> Any:
+        """As in MMRazor, except that a connector runs once a step, however many losses read it."""
+        place = (recorder, from_student, record_idx, data_idx)
+        if not connector:
+            record = self.read(*place)
+        elif connector in self._fused:
+            record = self._once((connector, ), lambda: [x for layer in self.layers for x in self.read_all(
+                layer, from_student)])
+        elif connector in self._whole:
+            record = self._once((connector, ), lambda: self.read_all(recorder, from_student))
+        else:
+            record = self._once((connector, *place), lambda: self.read(*place))
+        return record if connector_idx is None else record[connector_idx]
+
+    def read(self, recorder: str, from_student: bool, record_idx: int, data_idx: int | None) -> Any:
+        """Returns what a loss or connector gets of a recorder."""
+        return super().get_record(recorder, from_student, record_idx, data_idx)
+
+    def read_all(self, layer: str, from_student: bool) -> list[Tensor]:
+        """Returns what a connector gets that takes all maps of a layer."""
+        return [self.read(layer, from_student, *place) for place in self._places[from_student][layer]]
+
+    def _once(self, key: tuple, feature: Callable[[], Any]) -> Any:
+        """Returns the output of the connector ``key[0]``, which runs once a step."""
+        if self._outputs is None:
+            return self.connectors[key[0]](feature())
+        if key not in self._outputs:
+            self._outputs[key] = self.connectors[key[0]](feature())
+        return self._outputs[key]
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Keeps the outputs of connectors, with their graph, no longer than the losses need."""
+        self._outputs = {}
+        try:
+            yield
+        finally:
+            self._outputs = None
+
+    def compute_distill_losses(self) -> dict[str, Tensor]:
+        """Returns the weighted losses of what is recorded."""
+        if self._outputs is not None:
+            return self._base_losses()
+        with self.step():
+            return self._base_losses()
+
+    def _base_losses(self) -> dict[str, Tensor]:
+        def inputs_of(name: str) -> dict[str, Any]:
+            return {argument: self.get_record(**entry) for argument, entry in self.loss_forward_mappings[name].items()}
+
+        together = {name for names in self._at_once.values() for name in names}
+        losses = {name: self.distill_losses[name](**inputs_of(name)) for name in self.loss_forward_mappings
+                  if name not in together}
+        for names in self._at_once.values():
+            given = [inputs_of(name) for name in names]
+            values = self.distill_losses[names[0]].per_map(**{key: [each[key] for each in given] for key in given[0]})
+            losses.update(zip(names, values.unbind()))
+        return {name: losses[name] if self.weights.get(name, 1.0) == 1 else losses[name] * self.weights[name]
+                for name in self.loss_forward_mappings}
+
+    def weight_of(self, name: str) -> float:
+        """Returns the weight of a loss: 0 if it cannot be other than zero."""
+        inner = getattr(self.distill_losses[name], 'loss_weight', 1.0) if name in self.distill_losses else 1.0
+        return self.weights.get(name, 1.0) * (inner if isinstance(inner, (int, float)) else 1.0)
+
+
+def _bases(base: str | dict | Sequence[str | dict] | None,
+           loss_weight: float | Sequence[float] | None) -> list[tuple[str, dict]]:
+    """Returns the bases as names and dicts with every field."""
+    several = isinstance(base, (list, tuple))
+    found = [resolve(each, f'base[{i}]' if several else 'base') for i, each in enumerate(
+        base if several else [] if base is None else [base])]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f'base: two have the name {max(names, key=names.count)!r}. Give one another name=')
+    if loss_weight is None:
+        return found
+    weights = list(loss_weight) if isinstance(loss_weight, (list, tuple)) else [loss_weight]
+    if len(weights) != len(found):
+        raise ValueError(f'loss_weight: expected a number for each base, {len(found)} in all, got {loss_weight!r}')
+    return [(name, dict(whole, weight=check_number('loss_weight', weight, least=0)))
+            for (name, whole), weight in zip(found, weights)]
+
+
+def _pairs(layers: Sequence[str | Sequence[str]]) -> dict[str, tuple[str, str]]:
+    """Returns (student's layer, teacher's layer) by recorder name, which is the student's layer."""
+    pairs = {}
+    for layer in layers if isinstance(layers, (list, tuple)) else [None]:
+        pair = (layer, layer) if isinstance(layer, str) else layer
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+            raise ValueError('layers: expected a list of names, or of pairs (student\'s, teacher\'s), such as '
+                             f'["backbone.layer3", "neck"], got {layers!r}')
+        if pair[0] in pairs:
+            raise ValueError(f'layers: {pair[0]!r} is there twice')
+        pairs[pair[0]] = tuple(pair)
+    if not pairs:
+        raise ValueError('layers: the list is empty. Name at least one layer, such as "neck"')
+    return pairs
+
+
+def map_name(layer: str, level: int, levels: int) -> str:
+    """The end of a loss's name: the layer, and the level where there are several."""
+    return layer.replace('.', '_') + (f'_{level}' if levels > 1 else '')
+
+
+def exact_zero(module: nn.Module) -> Tensor | float:
+    """A zero that gives every trainable parameter a zero gradient, as DistributedDataParallel needs it."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.stack([parameter.flatten()[:0].sum() for parameter in parameters]).sum() if parameters else 0.0
+
+
+def one_width(layer: str, side: str, maps: Sequence[Tensor]) -> int:
+    """Returns the channels of all maps of a layer.
+
+    Raises:
+        ValueError: they differ.
+    """
+    channels = [x.shape[1] for x in maps]
+    if len(set(channels)) > 1:
+        raise ValueError(f'layers: {layer!r} of the {side} gives maps of {channels} channels, but all maps of a layer '
+                         'share one connector and one DAM. Name the stages as layers of their own')
+    return channels[0]
