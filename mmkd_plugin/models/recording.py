@@ -83,6 +83,7 @@ class PartialForward:
         self._needed = []
         self._hooks = []
         self._running = False
+        self.to_the_end = False
         self.mode = 'tensor'
         modules = dict(model.named_modules())
         for name, recorder in recorders.recorders.items():
@@ -93,7 +94,7 @@ class PartialForward:
                 self.mode = 'loss'
 
     def _stop_if_recorded(self, *_) -> None:
-        if self._running and self.mode == 'tensor' and all(
+        if self._running and not self.to_the_end and self.mode == 'tensor' and all(
                 len(recorder.data_buffer) >= count for recorder, count in self._needed):
             raise _Recorded
 
@@ -129,12 +130,25 @@ class PartialForward:
 
 
 @torch.no_grad()
-def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None) -> None:
+def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None,
+                       to_the_end: bool = False) -> None:
     """Fills the recorders from one blank image of 224 x 224, in eval mode, to learn shapes at build time.
 
-    What is recorded in the loss only stays empty: a loss would need ground truth.
+    What is recorded in the loss only stays empty: a loss would need ground truth. With ``to_the_end`` the model runs
+    to its end, so that every call of a layer is recorded; where it cannot, it stops at the first.
     """
     forward = PartialForward(model, recorders, calls or {})
+    if to_the_end and forward.mode == 'tensor':
+        forward.to_the_end = True
+        try:
+            with evaluating(model):
+                forward(_blank_image(model), _blank_samples(model))
+            forward.remove()
+            return
+        except Exception:  # some heads cannot run without ground truth; backbone and neck can
+            forward.to_the_end = False
+            for recorder in recorders.recorders.values():
+                recorder.reset_data_buffer()
     if forward.mode == 'tensor':
         try:
             with evaluating(model):

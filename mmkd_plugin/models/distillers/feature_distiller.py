@@ -114,7 +114,7 @@ class FeatureDistiller(ConfigurableDistiller):
         """Fills the layers' recorders from a dummy input, and notes where their maps are."""
         manager, wanted = self.student_recorders if from_student else self.teacher_recorders, RecorderManager()
         wanted.recorders.update({name: manager.get_recorder(name) for name in self.layers})
-        record_blank_image(model, wanted)
+        record_blank_image(model, wanted, to_the_end=True)
         for name in self.layers:
             places = []
             for call, output in enumerate(wanted.get_recorder(name).data_buffer):
@@ -125,6 +125,9 @@ class FeatureDistiller(ConfigurableDistiller):
                     raise ValueError(f'layers: {name!r} of the {"student" if from_student else "teacher"} must have '
                                      f'feature maps (N, C, H, W) as its output, got {given}')
                 places += [(call, i if several else None) for i in range(len(maps))]
+            if not places:
+                raise ValueError(f'layers: {name!r} of the {"student" if from_student else "teacher"} does not run in '
+                                 "the model's forward. Name another layer")
             self._places[from_student][name] = places
 
     def wire(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:

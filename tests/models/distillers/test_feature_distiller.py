@@ -1,0 +1,189 @@
+import copy
+
+import pytest
+import torch
+from conftest import classification_batch, classifier, detection_batch, retinanet
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmrazor.models.distillers import ConfigurableDistiller
+
+from mmkd_plugin.models.connectors import FitNetConnector
+from mmkd_plugin.models.distillers.presets import PRESETS, resolve
+
+SGD = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+STAGES = [f'backbone.layer{i}' for i in (1, 2, 3, 4)]
+FITNET_CONNECTOR = dict(type='mmkd_plugin.FitNetConnector', in_channels='s_channels', out_channels='t_channels')
+
+
+def neck(base, t_channels=24, **fields):
+    """A RetinaNet of 16 channels at each level of its neck, and a teacher of ``t_channels``."""
+    distiller = dict(dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base=base), **fields)
+    return dict(type='mmkd_plugin.TeacherStudentDistill', architecture=retinanet(8), allow_random_teacher=True,
+                teacher=retinanet(16, fpn_channels=t_channels), distiller=distiller)
+
+
+def stages(base, layers=STAGES, **fields):
+    distiller = dict(dict(type='mmkd_plugin.FeatureDistiller', layers=layers, base=base), **fields)
+    return dict(type='mmkd_plugin.TeacherStudentDistill', architecture=classifier(8), allow_random_teacher=True,
+                teacher=classifier(16), distiller=distiller)
+
+
+def scope(config):
+    return 'mmdet' if 'bbox_head' in config['architecture'] else 'mmpretrain'
+
+
+def batch_for(model):
+    if hasattr(model.student, 'bbox_head'):
+        return detection_batch()
+    batch = classification_batch()
+    for i, sample in enumerate(batch['data_samples']):
+        sample.set_field(torch.tensor(i), 'sample_idx')  # as mmkd_plugin.CRDDataset does
+    return batch
+
+
+def losses_of(model, batch):
+    losses = model(**model.data_preprocessor(copy.deepcopy(batch), True), mode='loss')
+    return {key.removeprefix('distill.'): value for key, value in losses.items() if 'distill' in key}
+
+
+CASES = {
+    'fitnet': neck('fitnet'), 'fitnet, stages': stages('fitnet'), 'at': stages('at'), 'pkd': neck('pkd', 16),
+    'cwd': neck('cwd', 16), 'mgd': neck('mgd'), 'fbkd': neck('fbkd', 16, layers=['neck.fpn_convs.0']), 'reviewkd': neck(
+        dict(preset='reviewkd', connector=dict(mid_channels=16))),
+    'crd': stages(dict(preset='crd', loss=dict(neg_num=5, sample_n=8)), layers=['backbone.layer4']),
+    'amd': stages('amd'), 'amd-scale-free': neck('amd-scale-free'),
+}
+
+
+def test_every_preset_has_a_case():
+    assert set(PRESETS) == {name.split(',')[0] for name in CASES}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_step_on_each_base(build, name):
+    model = build(CASES[name], scope(CASES[name]))
+    losses = losses_of(model, batch_for(model))
+    assert list(losses) == model.distiller.loss_names
+    assert all(key.startswith(f'loss_{name.split(",")[0].replace("-", "_")}_') for key in losses)
+    for key, loss in losses.items():
+        assert loss.isfinite()
+        if not key.endswith('neck_3'):  # one position: PKD, AMD and CWD have nothing to compare there
+            assert loss > 0, key
+            gradients = torch.autograd.grad(loss, list(model.student.backbone.parameters()), retain_graph=True,
+                                            allow_unused=True)
+            assert any(grad is not None and grad.any() for grad in gradients), key
+    wrapper = build_optim_wrapper(model, SGD)
+    trained = {id(p) for group in wrapper.optimizer.param_groups for p in group['params']}
+    assert all(id(p) in trained for p in model.distiller.parameters())
+    before = model.student.backbone.conv1.weight.clone()
+    model.train().train_step(batch_for(model), wrapper)
+    assert (model.student.backbone.conv1.weight != before).any()
+
+
+def test_the_weight_is_the_bases_unless_it_is_given(build):
+    plain, batch = {}, None
+    for weight in (None, 1.0, 3.0):
+        model = build(neck('fitnet' if weight is None else dict(preset='fitnet', weight=2.0), loss_weight=weight))
+        batch = batch or batch_for(model)
+        plain[weight] = losses_of(model, batch)['loss_fitnet_neck_0']
+    assert PRESETS['fitnet']['weight'] == 1 and plain[None] == plain[1.0]
+    torch.testing.assert_close(plain[3.0], 3 * plain[1.0])
+
+
+def test_several_bases_at_once(build):
+    bases = ['pkd', 'amd-scale-free', dict(name='hint', loss=dict(type='L1Loss'), weight=0.5)]
+    model = build(neck(bases, 16, loss_weight=[6.0, 1.0, 2.0]))
+    losses = losses_of(model, batch_for(model))
+    assert list(losses) == [f'loss_{name}_neck_{i}' for name in ('pkd', 'amd_scale_free', 'hint') for i in range(4)]
+    assert {name.split('_neck')[0]: weight for name, weight in model.distiller.weights.items()} == dict(
+        loss_pkd=6.0, loss_amd_scale_free=1.0, loss_hint=2.0)
+    alone = build(neck('pkd', 16, loss_weight=6.0))
+    assert losses_of(alone, batch_for(alone))['loss_pkd_neck_1'] == losses['loss_pkd_neck_1']
+
+
+def test_channels_are_filled_in_and_shown(build):
+    model = build(neck(dict(loss=dict(type='PKDLoss'), connector=FITNET_CONNECTOR, share='layer', name='pkd',
+                            inputs=dict(preds_S='student', preds_T='teacher'))))
+    connector = model.distiller.connectors['pkd_connector_neck']
+    assert isinstance(connector, FitNetConnector) and (connector.in_channels, connector.out_channels) == (16, 24)
+    written = Config.fromstring(model.distiller.written_config(), '.py').distiller
+    assert written.connectors.pkd_connector_neck == dict(
+        type='mmkd_plugin.FitNetConnector', in_channels=16, out_channels=24)
+
+
+@pytest.mark.parametrize('name', ['pkd', 'mgd', 'amd-scale-free'])
+def test_the_written_config_does_the_same(build, name):
+    model = build(neck(name, 16, loss_weight=1.0))
+    written = Config.fromstring(model.distiller.written_config(), '.py').distiller
+    again = build(dict(neck(name, 16), distiller=written))
+    assert type(again.distiller) is ConfigurableDistiller
+    again.load_state_dict(model.state_dict())
+    again.teacher.load_state_dict(model.teacher.state_dict())
+    results = []
+    for each in (model, again):
+        torch.manual_seed(0)  # MGD draws a mask
+        results.append(losses_of(each, batch_for(each)))
+    assert list(results[0]) == list(results[1])
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key])
+
+
+def test_a_shared_connector_runs_once_a_step(build):
+    model = build(neck('fitnet')).train()
+    runs = []
+    model.distiller.connectors['fitnet_connector_neck'].register_forward_pre_hook(lambda *_: runs.append(1))
+    losses_of(model, batch_for(model))
+    assert runs == [1] and model.distiller._outputs is None
+
+
+def test_a_layer_that_runs_once_a_level_has_a_loss_for_each_call(build):
+    model = build(dict(neck('at', 16), distiller=dict(
+        type='mmkd_plugin.FeatureDistiller', layers=['bbox_head.retina_cls'], base='at')))
+    losses = losses_of(model, batch_for(model))
+    assert list(losses) == [f'loss_at_bbox_head_retina_cls_{i}' for i in range(4)]
+    assert len({float(loss) for loss in losses.values()}) == 4
+    for i, call in enumerate(range(4)):
+        assert model.distiller.place('bbox_head.retina_cls', i, True).get('record_idx', 0) == call
+
+
+def test_fitnets_connector_by_hand():
+    connector = FitNetConnector(2, 3).double().train()
+    maps = [torch.randn(2, 2, 4, 5, dtype=torch.double), torch.randn(2, 2, 1, 1, dtype=torch.double)]
+    out = connector(maps)
+    row = torch.cat([torch.einsum('oc,nchw->nohw', connector.conv.weight[..., 0, 0], x).flatten(2) for x in maps], 2)
+    mean, var = row.mean((0, 2), keepdim=True), row.var((0, 2), unbiased=False, keepdim=True)
+    expected = (row - mean) / (var + 1e-5).sqrt()
+    torch.testing.assert_close(torch.cat([x.flatten(2) for x in out], 2), expected)
+    with pytest.raises(ValueError, match=r'FitNetConnector expects .*\(N, 2, H, W\), got \[\(1, 5, 4, 4\)\]'):
+        connector(torch.zeros(1, 5, 4, 4, dtype=torch.double))
+
+
+@pytest.mark.parametrize('config, message', [
+    (neck('fitent'), "base: no preset 'fitent'; the closest are: fitnet"),
+    (neck(['pkd', 'pkt'], 16), r"base\[1\]: no preset 'pkt'"),
+    (neck(['pkd', 'pkd'], 16), "base: two have the name 'pkd'"),
+    (neck(['pkd', 'at'], 16, loss_weight=3.0), 'loss_weight: expected a number for each base, 2 in all, got 3.0'),
+    (neck('pkd', 16, loss_weight=-1), 'loss_weight.*-1'),
+    (neck(dict(preset='pkd', conector=None), 16), "base: no field 'conector'; the closest are: connector"),
+    (neck(dict(connector=FITNET_CONNECTOR)), 'base.loss: expected the config of a loss, got None'),
+    (neck(dict(preset='fitnet', share='levels')), "base.share: expected 'map', 'layer' or 'all', got 'levels'"),
+    (neck(dict(preset='pkd', inputs=dict(preds_S='students', preds_T='teacher'))), 'base.inputs: expected'),
+    (neck('pkd'), r'loss_pkd_neck_0 or its connectors cannot take .*\(1, 16, 28, 28\).*\(1, 24, 28, 28\)'),
+    (neck('fitnet', layers=['backbone']), 'layers: .*share one connector.*Name the stages as layers of their own'),
+    (neck('fitnet', layers=['nekc']), "layers.nekc: RetinaNet has no 'nekc'; the closest are: neck"),
+    (neck('fitnet', layers=[]), 'layers: the list is empty'),
+    (neck('fitnet', layers=['neck', 'neck']), "layers: 'neck' is there twice"),
+    (neck('fitnet', layers=['bbox_head.loss_cls']), "layers: 'bbox_head.loss_cls' of the student does not run"),
+    (neck('fitnet', connectors=dict(fitnet_connector_neck=dict(type='CRDConnector'))), 'connectors: .*Rename yours'),
+])
+def test_mistakes_are_found_at_build_time(build, config, message):
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        build(config)
+
+
+def test_given_fields_are_merged_into_those_of_the_preset():
+    _, base = resolve(dict(preset='crd', loss=dict(sample_n=10), weight=2.0))
+    assert base['loss'] == dict(PRESETS['crd']['loss'], sample_n=10) and base['weight'] == 2.0
+    _, base = resolve(dict(preset='fitnet', connector=dict(type='mmkd_plugin.ConvAdapter', in_channels=1)))
+    assert base['connector'] == dict(type='mmkd_plugin.ConvAdapter', in_channels=1)
+    assert 'sample_n' not in PRESETS['crd']['loss']
