@@ -1,3 +1,4 @@
-from .dafa import DAFA
+from .agreement import agreement_score
+from .dafa import DAFA, Draw
 
-__all__ = ['DAFA']
+__all__ = ['DAFA', 'Draw', 'agreement_score']

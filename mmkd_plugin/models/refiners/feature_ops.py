@@ -1,204 +1,307 @@
-"""The nine feature operations of DAFA, as pure functions.
+"""The nine feature operations of DAFA [0], for many sequences of operations at once.
 
-From SoKD: Shen, Huang, Zhu, Fan, Zhang, *Student-Oriented Teacher Knowledge
-Refinement for Knowledge Distillation*, arXiv 2409.18785 (2024).
+[0] Shen, Huang, Zhu, Fan, Zhang, *Student-Oriented Teacher Knowledge Refinement
+for Knowledge Distillation*, arXiv 2409.18785 (2024).
 
-Letters: N samples, C channels, H x W positions (1 x 1 and upwards). Every
-function maps a feature map ``(N, C, H, W)`` and a value, a number or 0-d
-tensor, to a map of the same shape and dtype; it computes in float32 at least,
-is the identity at zero and draws no random number of its own: what chance
-decides comes in as :class:`Dice`. Values are shares of the map, so the same
-value fits every level of a pyramid. All samples share one draw.
+Letters: R rows, N samples, C channels, H x W positions, P positions of all
+levels together. A *row* is a sequence of operations with their values. All
+samples and all levels of a row get the same operations. Values are shares of
+the map, so that one value fits every level of a pyramid.
 
-Shears, translations, rotation and noise are differentiable in their value.
-Cutout, channel shuffle and channel drop make hard choices, which their
-gradient passes straight through; they say how.
+Nothing here has a gradient: DAFA compares the losses of neighbouring values
+instead. So no operation needs a differentiable form, and training with
+``deterministic=True`` meets no backward pass of ``grid_sample``.
 
-:data:`OPERATIONS` lists them by the paper's names, with the value at magnitude 1.
+:data:`OPERATIONS` lists the operations by the paper's names.
 """
 import functools
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Row = Sequence[tuple[str, float]]  # names and values of operations, in order
 
-class Dice(NamedTuple):
-    """What chance decides about one operation in one batch, the same on all levels."""
-    sign: float  # +1 or -1
-    centre: tuple[float, float]  # (y, x), in shares of the map, [0, 1)
-    seed: int  # of noise and channel choices
+
+class Chance(NamedTuple):
+    """What is random about the operations of a batch."""
+    centre: tuple[float, float]  # of the cutout: (y, x), shares of the map, in [0, 1)
+    seed: int  # of noise and of the choice of channels
 
     @classmethod
-    def roll(cls, rng: random.Random) -> 'Dice':
-        return cls(rng.choice((1., -1.)), (rng.random(), rng.random()), rng.getrandbits(48))
-
-
-def _in_float32(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Computes in float32 (float64 stays) and returns the input's dtype."""
-
-    @functools.wraps(operation)
-    def compute(x: Tensor, value: float | Tensor, *dice: Dice) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        value = torch.as_tensor(value, dtype=wide.dtype, device=x.device)
-        return operation(wide, value, *dice).to(x.dtype)
-
-    return compute
-
-
-def _centres(size: int, like: Tensor) -> Tensor:
-    """Cell centres in shares of the map, counted from its middle: in (-1/2, 1/2)."""
-    return (torch.arange(size, dtype=like.dtype, device=like.device) + .5) / size - .5
-
-
-def _warp(x: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
-    """Samples ``x`` bilinearly where an affine map sends each position; zero outside.
-
-    A row ``(a, b, t)`` gives a source coordinate, from the middle of the map:
-    a and b weigh the position's x and y *in cells*, so that angles are true on
-    maps that are not square; t is a shift in shares of the map. The grid is
-    built elementwise: a matrix product would run in half or TF32 precision.
-    """
-    n, _, h, w = x.shape
-    u, v = _centres(w, x), _centres(h, x)[:, None]
-    source_x = row_x[0] * u + row_x[1] * v * (h / w) + row_x[2]
-    source_y = row_y[0] * u * (w / h) + row_y[1] * v + row_y[2]
-    grid = 2 * torch.stack((source_x, source_y), dim=-1)  # (H, W, 2), the map is [-1, 1]
-    return F.grid_sample(x, grid.expand(n, h, w, 2), padding_mode='zeros', align_corners=False)
-
-
-@_in_float32
-def shear_x(x: Tensor, slope: Tensor) -> Tensor:
-    """Moves each row right by ``slope`` cells per cell below the middle."""
-    return _warp(x, (1., -slope, 0.), (0., 1., 0.))
-
-
-@_in_float32
-def shear_y(x: Tensor, slope: Tensor) -> Tensor:
-    """Moves each column down by ``slope`` cells per cell right of the middle."""
-    return _warp(x, (1., 0., 0.), (-slope, 1., 0.))
-
-
-@_in_float32
-def translate_x(x: Tensor, share: Tensor) -> Tensor:
-    """Moves the map right by ``share`` of its width."""
-    return _warp(x, (1., 0., -share), (0., 1., 0.))
-
-
-@_in_float32
-def translate_y(x: Tensor, share: Tensor) -> Tensor:
-    """Moves the map down by ``share`` of its height."""
-    return _warp(x, (1., 0., 0.), (0., 1., -share))
-
-
-@_in_float32
-def rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Turns the map counter-clockwise about its middle."""
-    cos, sin = torch.cos(degrees * (math.pi / 180)), torch.sin(degrees * (math.pi / 180))
-    return _warp(x, (cos, -sin, 0.), (sin, cos, 0.))
-
-
-def _interval(size: int, centre: float, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``size`` cells, those in an interval, hard (bool) and fading over one cell; (size,) each."""
-    middles = torch.arange(size, dtype=length.dtype, device=length.device) + .5
-    reach = length * (size / 2) - (middles - centre * size).abs()  # > 0 inside
-    under_centre = middles == math.floor(centre * size) + .5
-    return (reach > 0) | (under_centre & (length > 0)), (reach + .5).clamp(0, 1)
-
-
-@_in_float32
-def cutout(x: Tensor, side: Tensor, dice: Dice) -> Tensor:
-    """Zeroes a box of ``side`` of the height and of the width about ``dice.centre``.
-
-    A cell is cut if its middle lies in the box, and the cell under the box's
-    centre always is. Straight-through: the gradient is that of a box whose
-    border fades over one cell.
-    """
-    (rows, soft_rows), (columns, soft_columns) = (
-        _interval(size, centre, side) for size, centre in zip(x.shape[2:], dice.centre, strict=True))
-    hard, soft = rows[:, None] & columns, soft_rows[:, None] * soft_columns  # (H, W)
-    return x * (1 - (hard.to(x) + (soft - soft.detach())))
-
-
-@_in_float32
-def noise(x: Tensor, std: Tensor, dice: Dice) -> Tensor:
-    """Adds Gaussian noise, ``std`` times each sample's own standard deviation."""
-    generator = torch.Generator(x.device).manual_seed(dice.seed)
-    variance = x.var((1, 2, 3), unbiased=False, keepdim=True)
-    spread = (variance + torch.finfo(x.dtype).tiny).sqrt()  # of a constant map: no infinite gradient
-    return x + std * spread * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-
-
-def _permutations(x: Tensor, seed: int) -> Tensor:
-    """Two random permutations of the channels, (2, C)."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.rand(2, x.shape[1], generator=generator, device=x.device).argsort(1)
-
-
-def _chosen(ranks: Tensor, share: Tensor) -> Tensor:
-    """The ``share`` of channels with the lowest ranks, to the nearest channel: bool, (C,)."""
-    return (ranks + .5) / len(ranks) < share
-
-
-@_in_float32
-def channel_shuffle(x: Tensor, share: Tensor, dice: Dice) -> Tensor:
-    """Permutes ``share`` of the channels among themselves.
-
-    Straight-through: as if each channel moved by ``share`` of the way to the
-    channel that takes its place when all are permuted.
-    """
-    ranks, keys = _permutations(x, dice.seed)
-    order, chosen = torch.arange(len(ranks), device=x.device), _chosen(ranks, share)
-    places = torch.where(chosen, order, len(ranks) + order).argsort()  # the chosen come first
-    sources = torch.where(chosen, keys, len(ranks) + order).argsort()  # in random order
-    shuffled = x[:, torch.empty_like(order).scatter(0, places, sources)]
-    if not share.requires_grad:
-        return shuffled
-    return shuffled + (share - share.detach()) * (x[:, keys.argsort()] - x)
-
-
-@_in_float32
-def channel_drop(x: Tensor, share: Tensor, dice: Dice) -> Tensor:
-    """Zeroes ``share`` of the channels.
-
-    Straight-through: as if every channel were scaled by ``1 - share``, which
-    is what happens to it on average.
-    """
-    dropped = _chosen(_permutations(x, dice.seed)[0], share).to(x) + (share - share.detach())
-    return x * (1 - dropped)[:, None, None]
+    def draw(cls, rng: random.Random) -> 'Chance':
+        return cls((rng.random(), rng.random()), rng.getrandbits(48))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One row of the table: call it with a magnitude in [0, 1]."""
-    function: Callable[..., Tensor]
-    limit: float  # the value at magnitude 1
-    unit: str
-    signed: bool = False  # the value takes the sign of the dice; others take the dice
-    exact: bool = True  # the gradient in the magnitude is exact, not straight-through
+    """One operation of the table.
 
-    def __call__(self, x: Tensor, magnitude: float | Tensor, dice: Dice) -> Tensor:
-        """Applies the operation to ``x``, floating and (N, C, H, W); else ``ValueError``."""
+    The value of a symmetric operation lies in ``[-limit, limit]``, and that of
+    another one in ``[0, limit]``. The value 0 is the identity.
+
+    Args:
+        limit: The largest value.
+        unit: Of the value.
+        matrix: The source of a position as 2 x 2 matrices, a linear part and a shift; see :func:`_warp`.
+    """
+    limit: float
+    unit: str
+    matrix: Callable[[float], tuple[list, list]] | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether values have a sign."""
+        return self.matrix is not None
+
+    def value(self, magnitude: float) -> float:
+        """Maps a magnitude in [0, 1] linearly to the range: 0.5 is the identity of a symmetric operation."""
+        return (2 * magnitude - 1 if self.symmetric else magnitude) * self.limit
+
+
+def _rotation(degrees: float) -> tuple[list, list]:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [[cos, -sin], [sin, cos]], _NONE
+
+
+_NONE, _UNIT = [[0, 0], [0, 0]], [[1, 0], [0, 1]]
+
+OPERATIONS: dict[str, Operation] = {
+    # Moves each row right by so many cells for each cell below the middle.
+    'ShearX': Operation(0.3, 'cells per cell', lambda v: ([[1, -v], [0, 1]], _NONE)),
+    # Moves each column down by so many cells for each cell right of the middle.
+    'ShearY': Operation(0.3, 'cells per cell', lambda v: ([[1, 0], [-v, 1]], _NONE)),
+    'TranslateX': Operation(0.45, 'of the width', lambda v: (_UNIT, [[-v, 0], [0, 0]])),  # to the right
+    'TranslateY': Operation(0.45, 'of the height', lambda v: (_UNIT, [[0, 0], [0, -v]])),  # down
+    'Rotate': Operation(30., 'degrees', _rotation),  # counter-clockwise
+    # Zeroes a box of that share of the height and of the width, and at least one cell.
+    'Cutout': Operation(0.2, 'of the side'),
+    # Adds Gaussian noise, in units of the standard deviation that the sample had before any operation.
+    'Noise': Operation(0.1, 'standard deviations'),
+    # Permutes that share of the channels, chosen at random, in a cycle.
+    'ChannelShuffle': Operation(1., 'of the channels'),
+    # Zeroes that share of the channels, chosen at random.
+    'ChannelDrop': Operation(0.5, 'of the channels'),
+}
+
+
+@dataclass
+class _Segment:
+    """Operations of one row that are one pass: shuffle, warp, cut, add noise, drop, in this order."""
+    matrix: np.ndarray = field(default_factory=lambda: np.eye(2))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
+    shuffle: float = 0.
+    cutout: float = 0.
+    noise: float = 0.
+    drop: float = 0.
+
+    def add(self, name: str, value: float) -> bool:
+        """Takes an operation that comes after the others, unless the order of the pass forbids it.
+
+        Channel operations commute with what moves or cuts positions. A shuffle
+        commutes with noise and drop, whose channels are random.
+        """
+        operation = OPERATIONS[name]
+        if operation.matrix is not None:
+            if self.cutout or self.noise:
+                return False
+            matrix, shift = (np.asarray(part, dtype=np.float64) for part in operation.matrix(value))
+            # The new operation looks up its source in the output of those before it.
+            self.shift = self.matrix @ shift + self.shift
+            self.matrix = self.matrix @ matrix
+        elif name == 'Cutout':
+            if self.noise:
+                return False
+            self.cutout = value
+        elif name == 'Noise':
+            if self.drop:
+                return False
+            self.noise = value
+        elif name == 'ChannelShuffle':
+            self.shuffle = value
+        else:
+            self.drop = value
+        return True
+
+    @property
+    def warps(self) -> bool:
+        return bool((self.matrix != np.eye(2)).any() or self.shift.any())
+
+
+def _segments(row: Row) -> list[_Segment]:
+    segments = [_Segment()]
+    for name, value in row:
+        if value and not segments[-1].add(name, value):
+            segments.append(_Segment())
+            segments[-1].add(name, value)
+    return segments
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The positions of all levels, one after the other."""
+    basis: Tensor  # (P, 2, 4): factors of the four numbers that give a source's x and y
+    centre: Tensor  # (P, 2): (y, x) in [0, 1]
+    half: Tensor  # (P, 2): half a cell
+    limit: Tensor  # (P, 2): |(x, y)| of the outermost positions, the map is [-1, 1]
+    weight: Tensor  # (P,): of a position in the mean over levels of the means over positions
+
+
+@functools.lru_cache(maxsize=16)  # image sizes vary, and come again
+def _grid(sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> _Grid:
+    parts = []
+    for h, w in sizes:
+        y, x = np.meshgrid((np.arange(h) + .5) / h, (np.arange(w) + .5) / w, indexing='ij')
+        v, u, one, ratio = y - .5, x - .5, np.ones((h, w)), np.full((h, w), h / w)
+        columns = [u, v * ratio, one, ratio, u / ratio, v, 1 / ratio, one, y, x, one / (2 * h), one / (2 * w),
+                   1 - one / w, 1 - one / h, one / (h * w * len(sizes))]
+        parts.append(np.stack(columns, -1).reshape(h * w, -1))
+    with torch.inference_mode(False):
+        flat = torch.from_numpy(np.concatenate(parts)).to(device, dtype)
+        return _Grid(2 * flat[:, :8].reshape(-1, 2, 4), flat[:, 8:10], flat[:, 10:12], flat[:, 12:14], flat[:, 14])
+
+
+def send(values: Sequence | np.ndarray, like: Tensor) -> Tensor:
+    """Returns values of the host on the device of ``like``, floats in its dtype, without waiting for the device."""
+    tensor = torch.as_tensor(np.asarray(values))
+    if tensor.is_floating_point():
+        tensor = tensor.to(like.dtype)
+    if like.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, non_blocking=True)
+
+
+def _sources(segments: Sequence[_Segment], grid: _Grid) -> Tensor:
+    """Returns where each position comes from: (R, P, 2), as (x, y), the map is [-1, 1].
+
+    The linear part A is in cells, so that angles are true on maps that are not
+    square, and the shift T in shares of the map. With r = H / W, and u, v in
+    shares of the map from its middle::
+
+        x = A00 u + A01 r v + T00 + T01 r
+        y = A10 u / r + A11 v + T10 / r + T11
+
+    Both are closed under composition: ``A1 A2`` and ``A1 T2 + T1``. Products and
+    sums are elementwise, as a matrix product would run in half or TF32 precision.
+    """
+    theta = np.stack([np.concatenate((segment.matrix, segment.shift), 1) for segment in segments])  # (R, 2, 4)
+    return (grid.basis * send(theta, grid.basis)[:, None]).sum(-1)
+
+
+def _sizes(levels: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple(tuple(x.shape[-2:]) for x in levels)
+
+
+def _channels(count: int, share: float, order: np.ndarray, threshold: float) -> np.ndarray:
+    """Returns ``share`` of the channels, rounded up or down at random, so that the share is right on average."""
+    return order[:int(share * count + threshold)]
+
+
+def _channel_tables(segments: Sequence[_Segment], count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each row's source channels and factors, (R, C) both."""
+    rng = np.random.default_rng([seed, count])
+    orders, thresholds = [rng.permutation(count) for _ in range(2)], rng.random(2)
+    sources, factors = np.tile(np.arange(count), (len(segments), 1)), np.ones((len(segments), count))
+    for row, segment in enumerate(segments):
+        shuffled = _channels(count, segment.shuffle, orders[0], thresholds[0])
+        sources[row, shuffled] = np.roll(shuffled, 1)
+        factors[row, _channels(count, segment.drop, orders[1], thresholds[1])] = 0
+    return sources, factors
+
+
+@torch.no_grad()
+def apply_operations(levels: Sequence[Tensor], rows: Sequence[Row], chance: Chance) -> list[Tensor]:
+    """Applies every row to all levels.
+
+    Affine operations that follow each other are one resampling, bilinear and
+    zero outside the map. A cell is cut if its middle lies in the box, and the
+    cell under the box's centre always is.
+
+    Args:
+        levels: Floating maps ``(N, C, H, W)``; channels and sizes may differ.
+        rows: Names and values of operations, such as ``[[('Rotate', 5.), ('Cutout', 0.1)], []]``.
+        chance: What is random, the same for all rows.
+
+    Returns:
+        For each level a new map or a view of it, ``(R, N, C, H, W)``, float32 at least.
+
+    Raises:
+        ValueError: A level is not a floating map.
+    """
+    for x in levels:
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f'a feature must be floating and of shape (N, C, H, W), '
                              f'but got {x.dtype} of shape {tuple(x.shape)}')
-        value = magnitude * self.limit
-        return self.function(x, value * dice.sign) if self.signed else self.function(x, value, dice)
+    wide = functools.reduce(torch.promote_types, (x.dtype for x in levels), torch.float32)
+    levels = [x.detach().to(wide) for x in levels]
+    split = [_segments(row) for row in rows]
+    spread = None  # (L, N)
+    if any(segment.noise for segments in split for segment in segments):
+        spread = torch.stack([x.std((1, 2, 3), unbiased=False) for x in levels])
+    levels = [x.expand(len(rows), *x.shape) for x in levels]
+    for index in range(max(map(len, split))):
+        segments = [each[index] if index < len(each) else _Segment() for each in split]
+        levels = _one_pass(levels, segments, chance._replace(seed=chance.seed + index), spread)
+    return levels
 
 
-OPERATIONS: dict[str, Operation] = {
-    'ShearX': Operation(shear_x, 0.3, 'cells per cell', signed=True),
-    'ShearY': Operation(shear_y, 0.3, 'cells per cell', signed=True),
-    'TranslateX': Operation(translate_x, 0.45, 'of the width', signed=True),
-    'TranslateY': Operation(translate_y, 0.45, 'of the height', signed=True),
-    'Rotate': Operation(rotate, 30., 'degrees', signed=True),
-    'Cutout': Operation(cutout, 0.2, 'of the side', exact=False),
-    'Noise': Operation(noise, 0.1, 'standard deviations'),
-    'ChannelShuffle': Operation(channel_shuffle, 1., 'of the channels', exact=False),
-    'ChannelDrop': Operation(channel_drop, 0.5, 'of the channels', exact=False),
-}
+def _one_pass(levels: list[Tensor], segments: Sequence[_Segment], chance: Chance,
+              spread: Tensor | None) -> list[Tensor]:
+    sizes = _sizes(levels)
+    grid = _grid(sizes, levels[0].dtype, levels[0].device)
+    areas, rows = [h * w for h, w in sizes], len(segments)
+    warps, cuts, adds_noise, shuffles, drops = (any(parts) for parts in zip(*(
+        (each.warps, each.cutout, each.noise, each.shuffle, each.drop) for each in segments), strict=True))
+    if warps:
+        sources = _sources(segments, grid).split(areas, 1)
+    if cuts:  # a box of half an extent about its centre; far outside, where a row has none
+        boxes = send([[*(chance.centre if each.cutout else (9., 9.)), each.cutout / 2] for each in segments],
+                     grid.centre)[:, None]
+        cut = (grid.centre - boxes[..., :2]).abs() <= torch.maximum(boxes[..., 2:], grid.half)  # (R, P, 2)
+        cut = cut.all(-1).split(areas, 1)
+    if adds_noise:
+        generator = torch.Generator(levels[0].device).manual_seed(chance.seed)
+        noise = send([each.noise for each in segments], levels[0])[:, None] * spread[:, None]  # (L, R, N)
+    tables = {}
+    if shuffles or drops:
+        for count in {x.shape[2] for x in levels}:
+            channels, factors = _channel_tables(segments, count, chance.seed)
+            tables[count] = (send(channels, levels[0])[:, None, :, None, None] if shuffles else None,
+                             send(factors, levels[0])[:, None, :, None, None] if drops else None)
+    out = []
+    for level, x in enumerate(levels):  # (R, N, C, H, W)
+        h, w = sizes[level]
+        channels, factors = tables.get(x.shape[2], (None, None))
+        if shuffles:
+            x = x.gather(2, channels.expand_as(x))
+        if warps:
+            where = sources[level].view(rows, 1, h, w, 2).expand(-1, x.shape[1], -1, -1, -1)
+            x = F.grid_sample(x.flatten(0, 1), where.flatten(0, 1), align_corners=False).view(x.shape)
+        if cuts:
+            x = x.masked_fill(cut[level].view(rows, 1, 1, h, w), 0)
+        if adds_noise:
+            normal = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype, device=x.device)
+            x = torch.addcmul(x, normal, noise[level][..., None, None, None])
+        if drops:
+            x = x * factors
+        out.append(x)
+    return out
+
+
+def inside(levels: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
+    """Returns which positions of all levels, (R, P), a row fills from the map alone, without its zeros outside."""
+    grid = _grid(_sizes(levels), torch.float32, levels[0].device)
+    affine = [_segments([step for step in row if OPERATIONS[step[0]].symmetric])[0] for row in rows]
+    return (_sources(affine, grid).abs() <= grid.limit + 1e-4).all(-1)
+
+
+def position_weights(levels: Sequence[Tensor]) -> Tensor:
+    """Returns the weights, (P,), that make a sum over positions the mean over levels of their means."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in levels), torch.float32)
+    return _grid(_sizes(levels), dtype, levels[0].device).weight
