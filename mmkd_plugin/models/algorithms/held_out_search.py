@@ -1,10 +1,5 @@
 """A policy searched on a split of its own: MMRazor's loops with two loaders give a pair of batches."""
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from mmengine.model import BaseDataPreprocessor
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 _KEY = '_search_batch'
 
@@ -25,16 +20,3 @@ def set_search_batch_aside(preprocessor: BaseDataPreprocessor, args: tuple) -> t
 def take_search_batch(preprocessor: BaseDataPreprocessor) -> dict | None:
     """Returns what was set aside, once."""
     return preprocessor.__dict__.pop(_KEY, None)
-
-
-@contextmanager
-def keep_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norm in training mode normalises as ever, but its running statistics stay."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

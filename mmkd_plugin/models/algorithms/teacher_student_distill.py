@@ -14,9 +14,16 @@ from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
 from ...registry import MODELS
 from ..distillers.feature_distiller import exact_zero
-from ..recording import PartialForward, check_sources, check_wiring, layers_in_place, write_in_place
+from ..recording import (
+    PartialForward,
+    check_sources,
+    check_wiring,
+    keep_statistics,
+    layers_in_place,
+    write_in_place,
+)
 from .dry_run import dry_run
-from .held_out_search import keep_statistics, set_search_batch_aside, take_search_batch
+from .held_out_search import set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
 from .loss_log import ZeroWatch
 from .loss_schedule import build_schedules

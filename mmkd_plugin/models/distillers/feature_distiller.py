@@ -1,5 +1,5 @@
 """Distillation of feature maps at layers that are named in a short list."""
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -239,21 +239,26 @@ class FeatureDistiller(ConfigurableDistiller):
         if not connector:
             record = self.read(*place)
         elif connector in self._fused:
-            record = self._once((connector, ), lambda: [x for layer in self.layers for x in self.read_all(
-                layer, from_student)])
+            record = self._once((connector, ), lambda: [
+                x for layer in self.layers for x in self.features(layer, from_student)])
         elif connector in self._whole:
-            record = self._once((connector, ), lambda: self.read_all(recorder, from_student))
+            record = self._once((connector, ), lambda: self.features(recorder, from_student))
         else:
             record = self._once((connector, *place), lambda: self.read(*place))
         return record if connector_idx is None else record[connector_idx]
 
     def read(self, recorder: str, from_student: bool, record_idx: int, data_idx: int | None) -> Any:
         """Returns what a loss or connector gets of a recorder."""
-        return super().get_record(recorder, from_student, record_idx, data_idx)
+        if recorder not in self.layers:
+            return super().get_record(recorder, from_student, record_idx, data_idx)
+        places, maps = self._places[from_student][recorder], self.features(recorder, from_student)
+        if (record_idx, data_idx) in places:
+            return maps[places.index((record_idx, data_idx))]
+        return [x for x, (call, _) in zip(maps, places) if call == record_idx]  # all of a call
 
-    def read_all(self, layer: str, from_student: bool) -> list[Tensor]:
-        """Returns what a connector gets that takes all maps of a layer."""
-        return [self.read(layer, from_student, *place) for place in self._places[from_student][layer]]
+    def features(self, layer: str, from_student: bool) -> list[Tensor]:
+        """Returns the maps of a layer as losses and connectors get them."""
+        return self.maps(layer, from_student)
 
     def _once(self, key: tuple, feature: Callable[[], Any]) -> Any:
         """Returns the output of the connector ``key[0]``, which runs once a step."""
@@ -275,23 +280,24 @@ class FeatureDistiller(ConfigurableDistiller):
     def compute_distill_losses(self) -> dict[str, Tensor]:
         """Returns the weighted losses of what is recorded."""
         if self._outputs is not None:
-            return self._base_losses()
+            return self.losses_of(self.loss_forward_mappings)
         with self.step():
-            return self._base_losses()
+            return self.losses_of(self.loss_forward_mappings)
 
-    def _base_losses(self) -> dict[str, Tensor]:
+    def losses_of(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Returns these losses, weighted."""
         def inputs_of(name: str) -> dict[str, Any]:
             return {argument: self.get_record(**entry) for argument, entry in self.loss_forward_mappings[name].items()}
 
-        together = {name for names in self._at_once.values() for name in names}
-        losses = {name: self.distill_losses[name](**inputs_of(name)) for name in self.loss_forward_mappings
-                  if name not in together}
-        for names in self._at_once.values():
-            given = [inputs_of(name) for name in names]
-            values = self.distill_losses[names[0]].per_map(**{key: [each[key] for each in given] for key in given[0]})
-            losses.update(zip(names, values.unbind()))
+        groups = [[name for name in group if name in names] for group in self._at_once.values()]
+        together = {name for group in groups for name in group}
+        losses = {name: self.distill_losses[name](**inputs_of(name)) for name in names if name not in together}
+        for group in filter(None, groups):
+            given = [inputs_of(name) for name in group]
+            values = self.distill_losses[group[0]].per_map(**{key: [each[key] for each in given] for key in given[0]})
+            losses.update(zip(group, values.unbind()))
         return {name: losses[name] if self.weights.get(name, 1.0) == 1 else losses[name] * self.weights[name]
-                for name in self.loss_forward_mappings}
+                for name in names}
 
     def weight_of(self, name: str) -> float:
         """Returns the weight of a loss: 0 if it cannot be other than zero."""

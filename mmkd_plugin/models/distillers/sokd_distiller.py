@@ -1,7 +1,8 @@
 """SoKD around a distiller of feature maps."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,17 @@ from ...registry import MODELS
 from ...utils import check_dict
 from ..area_detectors import DAM
 from ..connectors import ConvAdapter
+from ..recording import keep_statistics
 from ..refiners import DAFA
+from ..refiners.agreement import agreement_score
 from .feature_distiller import FeatureDistiller, exact_zero, one_width
+
+
+class _Search(NamedTuple):
+    """What the search of a step reads after its backward."""
+    maps: dict[tuple[str, bool], list[Tensor]]  # by layer and whether of the student, detached
+    whole: list[Tensor | None]  # gradients at the student's maps of the last layer
+    distilled: list[Tensor | None]  # the part of them that comes from the distillation
 
 
 @MODELS.register_module()
@@ -23,7 +33,9 @@ class SoKDDistiller(FeatureDistiller):
     Distillation*, arXiv 2409.18785 (2024).
 
     The student's objective is ``L_task + L_base(F_S, s(F_T)) + lambda L_D + beta L_DA``; the policy ``chi`` of the
-    augmentation ``s`` minimises ``L_aug = 1/2 mean (s(F_T) - sg Phi(F_S))^2``. With ``dafa=None, dam=None`` it is the
+    augmentation ``s`` minimises ``L_aug = 1/2 mean (s(F_T) - sg Phi(F_S))^2``, or with ``dafa=dict(objective=
+    'agreement')`` maximises how far the distillation's gradient points where the task's points, see
+    :meth:`search_policy`. With ``dafa=None, dam=None`` it is the
     base distiller. Losses beside those of :class:`FeatureDistiller`:
 
     =======================================  ==========================================================
@@ -70,8 +82,9 @@ class SoKDDistiller(FeatureDistiller):
         self.dafa = None if dafa is None else DAFA(**dafa)
         self.dams = nn.ModuleDict()
         self.aligners = nn.ModuleDict()
-        self._refined: dict[str, list[Tensor]] = {}  # by layer, within a step
+        self._given: dict[tuple[str, bool], list[Tensor]] = {}  # features in place of the recorded maps, in a step
         self._image: tuple[list[Tensor], tuple[int, int]] | None = None  # boxes and size, for DAM's anchor
+        self._search: _Search | None = None  # from the losses to the search after the backward
 
     def prepare_from_student(self, model: nn.Module) -> None:
         from mmdet.models.detectors import BaseDetector
@@ -128,11 +141,9 @@ class SoKDDistiller(FeatureDistiller):
             boxes = [sample.gt_instances.bboxes for sample in data_samples]
             self._image = [getattr(each, 'tensor', each) for each in boxes], tuple(batch_inputs.shape[-2:])
 
-    def read(self, recorder: str, from_student: bool, record_idx: int, data_idx: int | None) -> Any:
-        """Of the teacher, the refined map."""
-        if from_student or recorder not in self._refined:
-            return super().read(recorder, from_student, record_idx, data_idx)
-        return self._refined[recorder][self._places[False][recorder].index((record_idx, data_idx))]
+    def features(self, layer: str, from_student: bool) -> list[Tensor]:
+        """Of the teacher, the refined maps."""
+        return self._given.get((layer, from_student)) or super().features(layer, from_student)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -140,26 +151,32 @@ class SoKDDistiller(FeatureDistiller):
             try:
                 yield
             finally:
-                self._refined, self._image = {}, None
+                self._given, self._image = {}, None
 
     def compute_distill_losses(self, search: bool = True) -> dict[str, Tensor]:
         """Returns the losses of what is recorded; without ``loss_aug`` unless ``search``."""
         with self.step():
             t_maps = {layer: self.maps(layer, False) for layer in self.layers}
-            self._refine(t_maps)
+            if self.dafa is not None:
+                refined = iter(self.dafa([x for maps in t_maps.values() for x in maps]))  # one draw for all
+                self._given.update({(layer, False): [next(refined) for _ in maps] for layer, maps in t_maps.items()})
+                if self.dafa.objective == 'agreement' and self.dafa.training and self.dafa.searching:
+                    self._watch_gradients(t_maps)
             losses = super().compute_distill_losses()
             adapted = self._adapted()
-            boxes, shape = self._image or (None, None)
-            for layer in self.layers:
-                name = layer.replace('.', '_')
-                if name in self.dams:
-                    parts = self.dams[name](adapted[layer], self._refined.get(layer, t_maps[layer]), t_maps[layer],
-                                            boxes, shape)
-                    losses.update({part + self._suffix(name): loss for part, loss in parts.items()})
-                elif name in self.aligners:
-                    losses[f'loss_align_{name}'] = self._align(name, adapted.get(layer), t_maps[layer])
+            losses.update(self._dam_losses(adapted, t_maps))
+            losses.update({f'loss_align_{name}': self._align(name, adapted, t_maps) for name in self.aligners})
             if search and self.dafa is not None and self.dafa.training:
                 losses['loss_aug'] = self._policy_loss(t_maps, adapted)
+        return losses
+
+    def _dam_losses(self, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        losses, (boxes, shape) = {}, self._image or (None, None)
+        for layer in self.layers:
+            name = layer.replace('.', '_')
+            if name in self.dams:
+                parts = self.dams[name](adapted[layer], self.features(layer, False), t_maps[layer], boxes, shape)
+                losses.update({part + self._suffix(name): loss for part, loss in parts.items()})
         return losses
 
     def compute_policy_loss(self) -> Tensor:
@@ -172,16 +189,70 @@ class SoKDDistiller(FeatureDistiller):
         return self.dafa.policy_loss([x for maps in t_maps.values() for x in maps],
                                      [x for maps in adapted.values() for x in maps])
 
-    def _refine(self, t_maps: dict[str, list[Tensor]]) -> None:
-        """Refines the maps of all layers by one draw, for :meth:`read`."""
-        if self.dafa is not None:
-            refined = iter(self.dafa([x for maps in t_maps.values() for x in maps]))
-            self._refined = {layer: [next(refined) for _ in maps] for layer, maps in t_maps.items()}
+    def _watch_gradients(self, t_maps: dict[str, list[Tensor]]) -> None:
+        """Lets the backward record the task's gradient at the student's last layer, for :meth:`search_policy`.
+
+        The distillation reads the maps through views of their own, so that their gradient is that of its branch; the
+        rest of a map's gradient is the task's. At earlier layers the rest would hold the distillation of later ones.
+        """
+        layer = self.layers[-1]
+        maps = self.features(layer, True)
+        if not all(x.requires_grad for x in maps):
+            return  # an evaluation of the losses
+        views = [x.view_as(x) for x in maps]
+        self._given[layer, True] = views
+        every = {(each, True): [x.detach() for x in self.features(each, True)] for each in self.layers}
+        every.update({(each, False): values for each, values in t_maps.items()})
+        self._search = _Search(every, [None] * len(maps), [None] * len(maps))
+        for i, (x, view) in enumerate(zip(maps, views)):
+            x.register_hook(partial(self._search.whole.__setitem__, i))
+            view.register_hook(partial(self._search.distilled.__setitem__, i))
+
+    def search_policy(self) -> None:
+        """Adds the gradient of the policy's objective ``agreement`` to DAFA's parameters, after a backward.
+
+        Each of DAFA's policy draws is scored by :func:`~..refiners.agreement.agreement_score` at the last of
+        ``layers``, on a part of the batch: how far the gradient of base and DAM, which see the teacher refined by that
+        draw, points where the gradient of the task points.
+        """
+        search, self._search = self._search, None
+        if search is None or search.whole[0] is None:
+            return
+        layer, draws = self.layers[-1], self.dafa.sample()
+        part = self.dafa.next_samples(len(search.whole[0]))
+        maps = {key: [x[part].float() for x in values] for key, values in search.maps.items()}
+        task = [(whole if distilled is None else whole - distilled)[part].float()
+                for whole, distilled in zip(search.whole, search.distilled)]
+        scores = []
+        with keep_statistics(self):
+            for draw in draws:
+                student = [x.detach().requires_grad_() for x in maps[layer, True]]
+                refined = self.dafa.apply(draw, maps[layer, False])
+                loss = self._distillation(layer, {**maps, (layer, True): student, (layer, False): refined})
+                gradients = torch.autograd.grad(loss, student, allow_unused=True)
+                scores.append(agreement_score(task, [torch.zeros_like(x) if gradient is None else gradient
+                                                     for x, gradient in zip(student, gradients)]))
+        parameters = list(self.dafa.parameters())  # not backward(): a parallel wrapper would count it
+        for parameter, gradient in zip(parameters, torch.autograd.grad(
+                self.dafa.score_loss(draws, scores), parameters)):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _distillation(self, layer: str, given: dict[tuple[str, bool], list[Tensor]]) -> Tensor:
+        """Returns the losses of the base and of DAM at a layer that depend on the refined teacher, summed."""
+        with self.step():
+            self._given = given
+            losses = self.losses_of([name for name in self.weights if any(
+                entry['recorder'] == layer for entry in self.loss_forward_mappings[name].values())])
+            name = layer.replace('.', '_')
+            if name in self.dams:
+                losses.update(self.dams[name].compare(self._adapted()[layer], self.features(layer, False)))
+            return sum(losses.values())
 
     def _adapted(self) -> dict[str, list[Tensor]]:
         """Returns ``Phi(F_S)`` by layer; nothing where it is not needed any more."""
         if self.dams and self.dam.get('adapter') != 'base':
-            return {layer: self.dams[layer.replace('.', '_')].adapt(self.maps(layer, True)) for layer in self.layers}
+            return {layer: self.dams[layer.replace('.', '_')].adapt(self.features(layer, True))
+                    for layer in self.layers}
         if self.dafa is None and not self.dams or self.dafa is not None and self.dafa.frozen and not self.dams:
             return {}
         if self.aligners:
@@ -197,10 +268,11 @@ class SoKDDistiller(FeatureDistiller):
         return [name for name, inputs in self.loss_forward_mappings.items() if name.startswith(f'loss_{self._aligned}_')
                 and any(entry['recorder'] == layer and entry['from_student'] for entry in inputs.values())]
 
-    def _align(self, name: str, s_maps: list[Tensor] | None, t_maps: list[Tensor]) -> Tensor:
-        if not s_maps:
+    def _align(self, name: str, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> Tensor:
+        layer = next(layer for layer in self.layers if layer.replace('.', '_') == name)
+        if layer not in adapted:
             return exact_zero(self.aligners[name])
-        return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(s_maps, t_maps)) / len(s_maps)
+        return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(adapted[layer], t_maps[layer])) / len(t_maps[layer])
 
     @torch.no_grad()
     def detect_areas(self, layer: str) -> list[dict[str, Tensor]] | None:

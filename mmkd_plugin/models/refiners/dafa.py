@@ -336,11 +336,11 @@ class DAFA(BaseModule):
         if not len(t_levels[0]):
             return self._zero()
         draws = self.sample()
-        samples = self._next_samples(len(t_levels[0]))
+        samples = self.next_samples(len(t_levels[0]))
         losses, inner = self._half_errors(draws, [x[samples] for x in t_levels], [x[samples] for x in s_levels])
         return self.score_loss(draws, -losses, -inner)
 
-    def _next_samples(self, batch: int) -> slice:
+    def next_samples(self, batch: int) -> slice:
         """Returns the samples that this search step sees, another part of the batch at every step."""
         count = max(1, batch // self.policy_draws)
         start = (self._read('num_searches') - 1) % (batch // count) * count

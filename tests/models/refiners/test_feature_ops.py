@@ -6,8 +6,7 @@ import random
 import pytest
 import torch
 
-from mmkd_plugin.models.refiners.feature_ops import (
-    OPERATIONS, Chance, apply_operations, inside, position_weights)
+from mmkd_plugin.models.refiners.feature_ops import OPERATIONS, Chance, apply_operations, inside, position_weights
 
 CHANCE = Chance((0.37, 0.81), 7)
 NAMES = list(OPERATIONS)
