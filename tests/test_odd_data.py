@@ -8,7 +8,7 @@ from mmengine.optim import build_optim_wrapper
 
 AMD = dict(type='mmkd_plugin.AMDDistiller', layers=['neck'], amd=dict(scale_free=True))
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
-            base=dict(type='L2Loss', normalize=False, div_element=True))
+            base='fitnet')
 
 
 def distil(distiller, student, teacher):

@@ -8,7 +8,7 @@ from mmengine.optim import build_optim_wrapper
 
 AMD = dict(type='mmkd_plugin.AMDDistiller', layers=['neck'], amd=dict(scale_free=True))
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
-            base=dict(type='L2Loss', normalize=False, div_element=True))
+            base='fitnet')
 METHODS = {'AMD': AMD, 'SoKD': SOKD}
 
 
@@ -58,7 +58,7 @@ def still(base_channels):
 CLASSIFIERS = {
     'AMD': dict(type='mmkd_plugin.AMDDistiller', layers=['backbone.layer4'], amd=dict(loss_weight=10.0)),
     'DAM': dict(type='mmkd_plugin.SoKDDistiller', layers=['backbone.layer4'], dam=dict(anchor='attention'),
-                base=dict(type='L2Loss', normalize=False, div_element=True)),
+                base='fitnet', dafa=None),
 }
 
 

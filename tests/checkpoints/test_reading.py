@@ -291,7 +291,7 @@ def test_a_checkpoint_of_a_run_comes_back_to_the_bit(tmp_path, build):
     model = dict(
         type='mmkd_plugin.TeacherStudentDistill', architecture=classifier(8), teacher=classifier(8),
         allow_random_teacher=True, distiller=dict(type='mmkd_plugin.SoKDDistiller', layers=['backbone.layer3'],
-                                                  dafa=dict(), dam=dict(anchor='attention'), base=dict(type='L2Loss')))
+                                                  dafa=dict(), dam=dict(anchor='attention'), base='fitnet'))
     runner = Runner(
         model=model, work_dir=str(tmp_path), default_scope='mmpretrain',
         train_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=True)),

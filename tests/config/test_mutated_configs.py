@@ -11,7 +11,7 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-BASE = dict(type='L2Loss', normalize=False, loss_weight=1.0, div_element=True)
+BASE = dict(preset='fitnet', weight=1.0)
 DAFA = dict(operations=['Rotate', 'Cutout', 'Noise'], sub_policy_size=2, beta_init=0.5)
 DETECTOR, CLASSIFIER = 'mmdet', 'mmpretrain'
 OTHERS = dict(
@@ -50,7 +50,7 @@ JUNK = st.sampled_from([None, True, False, -1, 0, 1, 7, -0.5, 0.5, 1e3, float('n
 
 def config(name):
     _, distiller = DISTILLERS[name]
-    losses = 'loss_amd*' if 'amd' in name else 'loss_base*'
+    losses = 'loss_amd*' if 'amd' in name else 'loss_fitnet*'
     return dict(distiller=copy.deepcopy(distiller), inherit=['backbone.layer1'], allow_random_teacher=True,
                 loss_schedules={losses: dict(type='linear', start_factor=1.0, end_factor=0.5, begin=0, end=5)})
 

@@ -13,11 +13,11 @@ from mmengine.registry import MODELS, init_default_scope
 from mmkd_plugin.engine import NonFiniteLossHook
 
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
-            base=dict(type='L2Loss', normalize=False, div_element=True))
-ALIGNED = dict(SOKD, base=dict(type='ATLoss'), connect=False, dam=None)
+            base='fitnet')
+ALIGNED = dict(SOKD, base='at', dam=None)
 AMD = dict(type='mmkd_plugin.AMDDistiller', layers=['backbone.layer4'], amd=dict(loss_weight=10.0))
-DAM = dict(type='mmkd_plugin.SoKDDistiller', layers=['backbone.layer4'], dam=dict(anchor='attention'),
-           base=dict(type='L2Loss', normalize=False, div_element=True))
+DAM = dict(type='mmkd_plugin.SoKDDistiller', layers=['backbone.layer4'], dam=dict(anchor='attention'), dafa=None,
+           base='fitnet')
 # What is gathered, and from what, outlives the process group: a thread of gloo's that frees the last reference waits
 # for the interpreter's lock, which `destroy_process_group` holds while it waits for the thread.
 KEPT = []

@@ -24,7 +24,7 @@ def distil(student, teacher, **distiller):
 
 SOKD = distil(retinanet(8, levels=3), retinanet(16, levels=3, mean=[0.] * 3, std=[255.] * 3),
               type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
-              base=dict(type='L2Loss', normalize=False, div_element=True))
+              base='fitnet')
 ONE_MAP = dict(SOKD, distiller=dict(SOKD['distiller'], layers=['backbone.layer3']))
 AMD = distil(classifier(8), classifier(16), type='mmkd_plugin.AMDDistiller',
              layers=['backbone.layer1', 'backbone.layer4'])
@@ -203,7 +203,7 @@ def test_views_are_what_the_networks_put_out(build):
             torch.testing.assert_close(torch.from_numpy(attention), expected, rtol=1e-4, atol=1e-7)
     dam = model.distiller.dams['neck']
     with torch.no_grad():
-        levels = dam.detect(list(model.distiller.connectors['phi_neck'](list(s_maps))), list(t_maps))
+        levels = dam.detect(dam.adapt(s_maps), list(t_maps))
     for level, view in zip(levels, views):
         rows, columns = view.t_attention.shape
         for given, expected in ((view.s_heatmap, level['s_heatmap'][0, :rows, :columns]),
@@ -227,10 +227,10 @@ def test_a_look_leaves_nothing_behind(build):
 
 
 @pytest.mark.parametrize('distiller, names', [
-    (dict(layers=['neck'], dafa=dict(), dam=None, base=dict(type='ATLoss'), connect=False),
+    (dict(layers=['neck'], dafa=dict(), dam=None, base='at'),
      [f'neck, level {i}' for i in range(3)]),
     (dict(layers=['backbone.layer2', 'backbone.layer3'], dafa=dict(), dam=dict(anchor='boxes'),
-          base=dict(type='mmkd_plugin.ReviewKDLoss')), ['backbone.layer2', 'backbone.layer3']),
+          base='reviewkd'), ['backbone.layer2', 'backbone.layer3']),
 ])
 def test_other_sokd_is_seen_too(build, distiller, names):
     model = dict(SOKD, distiller=dict(distiller, type='mmkd_plugin.SoKDDistiller'))

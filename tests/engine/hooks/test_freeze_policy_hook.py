@@ -14,7 +14,7 @@ MODEL = dict(
     type='mmkd_plugin.TeacherStudentDistill', architecture=retinanet(8), teacher=retinanet(16),
     allow_random_teacher=True, distiller=dict(
         type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
-        base=dict(type='L2Loss', normalize=False, div_element=True)))
+        base='fitnet'))
 
 
 class Images(Dataset):

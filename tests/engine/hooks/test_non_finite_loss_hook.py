@@ -30,7 +30,7 @@ def test_stops_before_the_step_with_names_and_inputs(train, value):  # noqa: F81
     with pytest.raises(FloatingPointError) as error:
         train('a', epochs=3, default_hooks=dict(HOOK, spoil=spoil))
     said = str(error.value)
-    assert said.startswith('iteration 3: ') and 'student.loss_cls is ' in said and 'distill.loss_base' in said
+    assert said.startswith('iteration 3: ') and 'student.loss_cls is ' in said and 'distill.loss_fitnet' in said
     assert re.search(r'shape \(2, 3, 64, 64\), range .* \d+ values that are not finite', said)
 
 

@@ -154,7 +154,7 @@ def test_the_stock_train_step_works(build):
         type='mmkd_plugin.TeacherStudentDistill', architecture=retinanet(8), teacher=retinanet(16),
         allow_random_teacher=True, distiller=dict(
             type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
-            base=dict(type='L2Loss', normalize=False, div_element=True))))
+            base='fitnet')))
     wrapper = build_optim_wrapper(model, dict(optimizer=SGD, **POLICY))
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):

@@ -28,45 +28,36 @@ def losses_of(model):
     return model(**model.data_preprocessor(detection_batch(), True), mode='loss')
 
 
-def test_unweighted_is_the_loss_without_weight_and_schedule(build):
+def test_weights_and_schedules_multiply(build):
     MessageHub.get_instance('test')
     MessageHub.get_current_instance().update_info('max_iters', 10)
     plain = losses_of(build(distil(amd(loss_weight=1.0))))
     weighted = losses_of(build(distil(amd(loss_weight=8.0), loss_schedules={
         'loss_amd_neck_0': dict(type='constant', end_factor=0.25)})))
     for level in range(4):
-        factor = 8 * (0.25 if level == 0 else 1)
+        factor = 8 * (0.25 if level == 0 else 1)  # a power of two, so exact
         assert torch.equal(weighted[f'distill.loss_amd_neck_{level}'], factor * plain[f'distill.loss_amd_neck_{level}'])
-        for losses in (plain, weighted):  # a power of two, so exact
-            assert torch.equal(losses[f'unweighted.loss_amd_neck_{level}'], plain[f'distill.loss_amd_neck_{level}'])
-            assert not losses[f'unweighted.loss_amd_neck_{level}'].requires_grad
 
 
 def test_the_parts_of_dam_have_their_weights(build):
-    dam = dict(anchor='boxes', detect_loss_weight=2., area_loss_weight=4., anchor_loss_weight=8.)
-    base = dict(type='L2Loss', normalize=False, div_element=True, loss_weight=0.5)
-    model = build(distil(dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dam, base=base)))
-    losses = losses_of(model)
-    for part, weight in dict(dam_detect=2, dam_area=4, dam_anchor=8, base_neck_0=0.5, aug=1).items():
-        assert losses[f'distill.loss_{part}'] == weight * losses[f'unweighted.loss_{part}'], part
-        assert losses[f'unweighted.loss_{part}'] != 0
+    weights, results = dict(detect=2., area=4., anchor=8.), []
+    for factor in (1, 0):
+        dam = {f'{part}_loss_weight': weight**factor for part, weight in weights.items()}
+        model = build(distil(dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], base='fitnet', loss_weight=0.5,
+                                  dafa=None, dam=dict(anchor='boxes', **dam))))
+        results.append(losses_of(model))
+        assert model.distiller.weight_of('loss_fitnet_neck_0') == 0.5
+        assert {part: model.distiller.weight_of(f'loss_dam_{part}') for part in weights} == {
+            part: weight**factor for part, weight in weights.items()}
+    for part, weight in weights.items():
+        assert results[0][f'distill.loss_dam_{part}'] == weight * results[1][f'distill.loss_dam_{part}'] != 0
 
 
-def test_what_is_only_for_the_log_is_not_trained_on(build):
-    model = build(distil(amd(loss_weight=8.0)))
-    total, log = model.parse_losses(losses_of(model))
-    assert total == log['loss']
-    parts = [value for name, value in log.items() if name.startswith(('student.loss', 'distill.'))]
-    torch.testing.assert_close(total, sum(parts))
-    assert sum(name.startswith('unweighted.') for name in log) == 4
-
-
-def test_a_weight_of_zero_hides_the_unweighted_value_and_is_meant(build, messages):
+def test_a_weight_of_zero_is_no_reason_for_a_warning(build, messages):
     model = build(distil(amd(loss_weight=0.0))).train()
     model._zero_watch.window = 2
     losses = [losses_of(model) for _ in range(2)][0]
-    assert losses['distill.loss_amd_neck_0'] == 0 and not any('unweighted' in name for name in losses)
-    assert not messages
+    assert losses['distill.loss_amd_neck_0'] == 0 and not messages
 
 
 def test_a_loss_that_stays_zero_is_told_once_by_name(build, messages):
