@@ -1,135 +1,188 @@
-"""Distinctive areas of SoKD: where they are, the mask they make, the losses of features and of detections.
+"""Distinctive areas of SoKD: where they are, how many cover each cell, and the losses of features and detections.
 
-A pyramid is handled as one row of cells, level after level, each level in reading order: the number of
-operations hardly grows with the number of levels.
+A pyramid is one row of cells: level after level, each level in reading order. Where neighbours in two dimensions
+matter, it is a stack of planes: one plane per level, as high and as wide as the largest level, with the level in the
+upper left corner. So the number of operations does not grow with the number of levels.
 
-Letters: N images, C channels, (h, w) one level's map, L cells of all levels, P areas per image and level,
-A areas of all levels (P each, or h w where that is less).
+Letters: S networks, N images, C channels, V levels, (h, w) the map of one level, L cells of all levels, (H, W) the
+plane, P areas per level.
+
+The head's outputs are raw, (S, N, 5, L): the logit of the heatmap, then width, height, x and y as :func:`decode`
+reads them.
 """
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Shapes = Sequence[tuple[int, int]]  # (h, w) of every level
+Shapes = tuple[tuple[int, int], ...]  # (h, w) of every level
 
-
-class Detection(NamedTuple):
-    """What DAM's head says of one network's features, float32, one value per cell of the pyramid."""
-    heat: Tensor  # (N, L), logits
-    size: Tensor  # (N, 2, L), width and height in cells, positive
-    offset: Tensor  # (N, 2, L), x and y of the centre within its cell, in [0, 1)
+#: How :func:`area_loss` averages.
+AREA_REDUCTIONS = ('area', 'map')
 
 
 class Areas(NamedTuple):
-    """The best areas of each image, level after level, in each level the best first."""
-    boxes: Tensor  # (N, A, 4), x1 y1 x2 y2 in whole cells, inside the map, at least one cell large
-    scores: Tensor  # (N, A), heatmap value at the peak (of both sides multiplied, if both are asked)
-    valid: Tensor  # (N, A), False where the level had fewer than P peaks
+    """The best areas of each image and level, the best first."""
+    boxes: Tensor  # (N, V, P, 4), x1 y1 x2 y2 in whole cells, inside the map, at least one cell large
+    log_scores: Tensor  # (N, V, P), logarithm of the heatmap at the peak; -inf where the level has fewer than P peaks
 
 
-#: Whose heatmap places the areas, as indices into (student, teacher).
-REGIONS = {'mutual': (0, 1), 'student': (0, ), 'teacher': (1, )}
+class Grid(NamedTuple):
+    """Where the cells of a row lie in the planes. It depends on nothing but the shapes of the levels."""
+    cell: Tensor  # (V * H * W,), the cell at each place of the planes; outside the level, the level's first cell
+    outside: Tensor  # (V, H, W), whether the place is outside the level
+    place: Tensor  # (L,), the inverse of cell
+    index: Tensor  # (H, W), places in one plane, in reading order
+    xy: Tensor  # (2, H * W), column and row of each place in one plane
+    step: Tensor  # (max(H, W),), 0, 1, 2, ...
+    last: Tensor  # (2, V, 1), the last column and row of each level
+    zero: Tensor  # ()
+    level: Tensor  # (L,), of each cell
+    branch: Tensor  # (4, 1), the first element of each of the box's channels in (5, L)
+    share: Tensor  # (5, L), 1 / (h w V); half of that for the branches of two channels
 
 
 def cells_of(shapes: Shapes) -> list[int]:
-    """Number of cells of every level, to split a row of L."""
+    """Number of cells of every level, to split a row."""
     return [h * w for h, w in shapes]
 
 
-def areas_of(shapes: Shapes, num_areas: int) -> list[int]:
-    """Number of areas of every level, to split a row of A."""
-    return [min(num_areas, cells) for cells in cells_of(shapes)]
+def to_row(levels: Sequence[Tensor]) -> Tensor:
+    """(N, C, h, w) maps as one row, (N, C, L)."""
+    return join([level.flatten(2) for level in levels], 2)
 
 
-def mean_of_levels(x: Tensor, shapes: Shapes) -> Tensor:
-    """Mean over images and cells of each level of (N, L), then the mean of the levels; 0 of no images."""
-    return sum(level.sum() / max(level.numel(), 1) for level in x.split(cells_of(shapes), 1)) / len(shapes)
+def join(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, which copies nothing where there is one tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers on a device, filled in there: a tensor that is made on the host and copied waits for the device."""
+    return torch.cat([torch.full((length, ), float(value), device=device)
+                      for length, value in [(0, 0), *((1, value) for value in values)]])
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def pyramid_grid(shapes: Shapes, device: torch.device) -> Grid:
+    """The grid of a pyramid on a device, computed there once and then kept for as long as the shapes recur."""
+    height, width = (max(side) for side in zip(*shapes, strict=True))
+    y, x = (torch.arange(n, device=device) for n in (height, width))
+    index = y.unsqueeze(1) * width + x
+    cells, outsides, places, levels, start = [], [], [], [], 0
+    for level, (h, w) in enumerate(shapes):
+        outside = (y >= h).unsqueeze(1) | (x >= w)
+        cells.append((start + y.unsqueeze(1) * w + x).masked_fill(outside, start).flatten())
+        outsides.append(outside)
+        places.append((level * height * width + index[:h, :w]).flatten())
+        levels.append(torch.full((h * w, ), level, device=device))
+        start += h * w
+    share = torch.cat([torch.full((h * w, ), 1 / (h * w * len(shapes)), device=device) for h, w in shapes])
+    return Grid(
+        cell=torch.cat(cells),
+        outside=torch.stack(outsides),
+        place=torch.cat(places),
+        index=index,
+        xy=torch.stack([(index % width).flatten(), index.div(width, rounding_mode='floor').flatten()]).float(),
+        step=torch.arange(max(height, width), device=device),
+        last=torch.stack([constants([side - 1 for side in sides], device) for sides in list(zip(*shapes))[::-1]]
+                         ).unsqueeze(2),
+        zero=torch.zeros((), device=device),
+        level=torch.cat(levels),
+        branch=torch.arange(1, 5, device=device).unsqueeze(1) * start,
+        share=constants([1, 0.5, 0.5, 0.5, 0.5], device).unsqueeze(1) * share)
+
+
+def decode(raw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Sizes and offsets of raw boxes, whose four channels are ``dim``.
+
+    Returns:
+        Width and height in cells, positive, by softplus; x and y of the centre within its cell, in [0, 1], by sigmoid.
+    """
+    size, offset = raw.split(2, dim)
+    return F.softplus(size), offset.sigmoid()
 
 
 @torch.no_grad()
-def find_areas(student: Detection, teacher: Detection, shapes: Shapes, num_areas: int,
-               region: str = 'mutual') -> Areas:
+def find_areas(raw: Tensor, shapes: Shapes, num_areas: int) -> Areas:
     """3x3 local maxima of the heatmap, the best P per level, each with the box of its offset and size.
 
-    'mutual' multiplies both heatmaps and averages both sizes and offsets. The heatmaps are ranked by
-    their logarithm, in which saturated and vanishing values stay apart. Of equal neighbours (common in
-    half precision, and a whole map may be constant) the first in reading order is the maximum, so every
-    map has at least one and a plateau is not a crowd of boxes.
+    The heatmaps of S networks are multiplied, their sizes and offsets averaged. Heatmaps are ranked by their
+    logarithm, which keeps saturated and vanishing values apart. Of equal neighbours, which are common in half
+    precision and on constant maps, the first in reading order is the maximum. So each map has at least one area, and
+    a plateau has one and not many.
 
     A box covers the cells whose centre it contains, and always the cell of its peak.
+
+    Args:
+        raw: (S, N, 5, L), float32.
+        num_areas: P, or the number of places in a plane if that is less.
     """
-    sides = [(student, teacher)[i] for i in REGIONS[region]]
-    log_heat = F.logsigmoid(torch.stack([side.heat for side in sides])).sum(0)
-    size = sum(side.size for side in sides) / len(sides)
-    offset = sum(side.offset for side in sides) / len(sides)
+    grid = pyramid_grid(shapes, raw.device)
+    levels, height, width = grid.outside.shape
+    log_heat = F.logsigmoid(raw[:, :, 0]).sum(0).index_select(1, grid.cell)
+    log_heat = log_heat.unflatten(1, grid.outside.shape).masked_fill(grid.outside, -torch.inf)
+    _, first_maximum = F.max_pool2d(log_heat, 3, 1, 1, return_indices=True)
+    peaks = log_heat.masked_fill(first_maximum != grid.index, -torch.inf)  # (N, V, H, W)
+    log_scores, places = peaks.flatten(2).topk(min(num_areas, height * width))  # (N, V, P)
 
-    cell = torch.arange(max(cells_of(shapes)), device=log_heat.device)
-    best = []
-    for heat, (h, w), p in zip(
-            log_heat.split(cells_of(shapes), 1), shapes, areas_of(shapes, num_areas), strict=True):
-        _, first_maximum = F.max_pool2d(heat.unflatten(1, (1, h, w)), 3, 1, 1, return_indices=True)
-        best.append(heat.masked_fill(first_maximum.flatten(1) != cell[:h * w], -torch.inf).topk(p))
-    scores, cells = (torch.cat(each, 1) for each in zip(*best, strict=True))  # (N, A)
-
-    start, h, w = _of_every_area(shapes, num_areas, cells.device)  # (A,) each
-    at_peak = (cells + start).unsqueeze(1).expand(-1, 2, -1)
-    length = torch.stack([w, h])  # (2, A), x and y as all that follows
-    peak = torch.stack([cells % w, cells // w], 1)  # (N, 2, A)
-    centre = peak + offset.gather(2, at_peak)
-    half = size.gather(2, at_peak) / 2
-    first = (centre - half - 0.5).ceil().clamp(min=0).minimum(peak)
-    last = (centre + half - 0.5).floor().minimum(length - 1).maximum(peak)
-    boxes = torch.cat([first, last + 1], 1).transpose(1, 2)
-    return Areas(boxes, scores.exp(), scores > -torch.inf)
+    cells = grid.cell.view(levels, -1).expand(len(places), -1, -1).gather(2, places)
+    at_peak = cells.flatten(1)[:, None].expand(len(raw), -1, 4, -1)  # (S, N, 4, V P)
+    size, offset = (x.mean(0).unflatten(2, places.shape[1:]) for x in decode(raw[:, :, 1:].gather(3, at_peak), 2))
+    peak = grid.xy.index_select(1, places.flatten()).view(2, *places.shape).transpose(0, 1)  # (N, 2, V, P)
+    centre, half = peak + (offset - 0.5), size / 2  # of cell 0 the centre is 0
+    first = torch.clamp((centre - half).ceil(), grid.zero, peak)
+    last = torch.clamp((centre + half).floor(), peak, grid.last)
+    return Areas(torch.cat([first, last + 1], 1).permute(0, 2, 3, 1), log_scores)
 
 
-def _of_every_area(shapes: Shapes, num_areas: int, device: torch.device) -> Tensor:
-    """First cell, height and width of the level of every area, (3, A)."""
-    rows, start = [], 0
-    for (h, w), p in zip(shapes, areas_of(shapes, num_areas), strict=True):
-        rows += [(start, h, w)] * p
-        start += h * w
-    return torch.tensor(rows).t().to(device, non_blocking=True)
+def count_areas(areas: Areas, shapes: Shapes) -> Tensor:
+    """``sum_i M(A_i)``: the number of boxes over each place of the planes, (N, V, H, W) integers."""
+    grid = pyramid_grid(shapes, areas.boxes.device)
+    _, height, width = grid.outside.shape
+    low, high = areas.boxes.unsqueeze(-1).split(2, 3)  # (N, V, P, 2, 1), x and y
+    in_x, in_y = ((grid.step >= low) & (grid.step < high)).unbind(3)  # (N, V, P, max(H, W))
+    in_y = in_y & (areas.log_scores > -torch.inf).unsqueeze(-1)
+    return (in_y[..., :height, None] & in_x[..., None, :width]).sum(2)
 
 
-def count_areas(areas: Areas, shapes: Shapes, num_areas: int) -> Tensor:
-    """``sum_i M(A_i)``: the number of boxes over each cell, (N, L).
+def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, reduction: str = 'area') -> Tensor:
+    """``L_DA``: squared difference of features inside the areas, float32.
 
-    Per level, over all images and boxes at once: the product of the rows and the columns they cover.
+    The paper's ``sum_i || M(A_i) (S - T) ||^2`` over boxes, channels and positions, where a position under two boxes
+    counts twice, divided by C and, per image and level, by
+
+    - 'area': the number of positions summed. A value is as large as on the mean over a map that differs everywhere
+      as it does in the areas, so that a position in a small area of a large map weighs much.
+    - 'map': the number of positions of the map. A position in an area weighs as much as it does in a mean squared
+      error of whole maps. The only known code of SoKD does this.
+
+    Then the mean over images and levels. It is 0 without images.
+
+    Args:
+        s_row, t_row: (N, C, L), any floating dtype.
+        counts: (N, V, H, W), as :func:`count_areas` returns them.
     """
-    x1, y1, x2, y2 = areas.boxes.unsqueeze(-1).unbind(2)  # (N, A, 1) each
-    step = torch.arange(max(max(shape) for shape in shapes), device=x1.device)
-    in_x = ((step >= x1) & (step < x2)).float()  # (N, A, longest side)
-    in_y = ((step >= y1) & (step < y2) & areas.valid.unsqueeze(-1)).float()
-    split = areas_of(shapes, num_areas)
-    levels = zip(in_y.split(split, 1), in_x.split(split, 1), shapes, strict=True)
-    return torch.cat([(ys[..., :h].transpose(1, 2) @ xs[..., :w]).flatten(1) for ys, xs, (h, w) in levels], 1)
+    grid = pyramid_grid(shapes, s_row.device)
+    if reduction == 'area':
+        counts = counts / counts.sum((2, 3), keepdim=True).clamp(min=1)
+    weight = counts.flatten(1).index_select(1, grid.place)  # (N, L)
+    if reduction == 'map':
+        weight = weight * grid.share[0]
+    square = F.mse_loss(s_row.float(), t_row.float(), reduction='none').sum(1)
+    levels = len(shapes) if reduction == 'area' else 1  # a share is already one of all levels
+    return (square * weight).sum() / max(levels * s_row.shape[0] * s_row.shape[1], 1)
 
 
-def area_loss(s_features: Sequence[Tensor], t_features: Sequence[Tensor], counts: Tensor) -> Tensor:
-    """``L_DA``: squared difference of (N, C, h, w) features inside the areas, float32.
+def detection_loss(s_raw: Tensor, t_raw: Tensor, shapes: Shapes) -> Tensor:
+    """``L_D``: mean squared difference of each branch's output, summed over the three branches; mean of levels.
 
-    The paper's ``sum_i || M(A_i) (S - T) ||^2`` over boxes, channels and positions, divided by C and by the
-    number of positions summed (a position under two boxes is two), per image and level; then the mean of
-    both. Multiply by ``C * counts.sum(1)`` per image and sum to have the paper's.
+    Outputs are raw, (N, 5, L): logits, not probabilities. A sigmoid has a slope of 0.09 at 0.1, where the heatmap
+    starts, and would let it hardly learn to agree. Zero without images.
     """
-    square = torch.cat([(s.float() - t.float()).square().mean(1).flatten(1)
-                        for s, t in zip(s_features, t_features, strict=True)], 1)  # (N, L)
-    cells = cells_of([s.shape[2:] for s in s_features])
-    inside = torch.stack([level.sum(1) for level in (square * counts).split(cells, 1)])
-    summed = torch.stack([level.sum(1) for level in counts.split(cells, 1)])
-    return (inside / summed.clamp(min=1)).sum() / max(inside.numel(), 1)
-
-
-def detection_loss(student: Detection, teacher: Detection, shapes: Shapes) -> Tensor:
-    """``L_D``: mean squared difference of each branch's output, summed over the branches; mean of levels.
-
-    Outputs are what the branches mean: heat in (0, 1), size in cells, offset in cells.
-    """
-    heat = (student.heat.sigmoid() - teacher.heat.sigmoid()).square()
-    size = (student.size - teacher.size).square().mean(1)
-    offset = (student.offset - teacher.offset).square().mean(1)
-    return mean_of_levels(heat + size + offset, shapes)
+    square = F.mse_loss(s_raw, t_raw, reduction='none')
+    return (square * pyramid_grid(shapes, s_raw.device).share).sum() / max(len(s_raw), 1)

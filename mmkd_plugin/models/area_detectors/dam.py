@@ -1,35 +1,38 @@
 """Distinctive area detection module (DAM) of SoKD.
 
-Letters: N images, C channels, (H, W) a level's map, L cells of all levels, h hidden channels.
+Letters: S networks, N images, C channels, (H, W) a level's map, V levels, L cells of all levels, P areas per level,
+h hidden channels.
 """
 import math
 import operator
 from collections.abc import Sequence
 
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ...utils import check_number, closest
+from ...utils import check_dict, check_number, closest
+from ..connectors import ConvAdapter
 from .areas import (
-    REGIONS,
-    Areas,
-    Detection,
+    AREA_REDUCTIONS,
     Shapes,
     area_loss,
-    areas_of,
     cells_of,
     count_areas,
     detection_loss,
     find_areas,
+    join,
+    to_row,
 )
 from .heatmap_anchor import attention_loss, attention_map, centernet_loss, centernet_targets
 
 ANCHORS = ('boxes', 'attention', None)
 
+#: Whose heatmaps place the areas, in the order in which DAM's head sees the networks: teacher, student.
+REGIONS = {'mutual': slice(0, 2), 'student': slice(1, 2), 'teacher': slice(0, 1)}
 
-class DetectionHead(BaseModule):
+
+class DetectionHead(nn.Module):
     """Heatmap, size and offset of a feature map, each by a 3x3 convolution, ReLU and a 1x1 convolution.
 
     All three read the same features, so their 3x3 convolutions are one, and it reads h channels that one
@@ -49,7 +52,7 @@ class DetectionHead(BaseModule):
     def __init__(self, channels: int, hidden_channels: int = 32):
         super().__init__()
         hidden = min(hidden_channels, channels)
-        self.reduce = nn.Conv2d(channels, hidden, 1) if hidden < channels else nn.Identity()
+        self.reduce = nn.Conv1d(channels, hidden, 1, bias=False) if hidden < channels else nn.Identity()
         self.spatial = nn.Conv2d(hidden, 3 * hidden, 3, padding=1)
         self.heat = nn.Conv1d(hidden, 1, 1)
         self.size = nn.Conv1d(hidden, 2, 1)
@@ -57,24 +60,24 @@ class DetectionHead(BaseModule):
         nn.init.constant_(self.heat.bias, -math.log(9))  # sigmoid 0.1: objects are rare
         nn.init.constant_(self.size.bias, math.log(math.e**3 - 1))  # softplus 3: areas start as 3 x 3 cells
 
-    def forward(self, *pyramids: Sequence[Tensor]) -> list[Detection]:
-        """One detection per pyramid of (N, C, H, W), all in one batch from the reduction on."""
-        x = torch.cat([
-            self.spatial(torch.cat([self.reduce(feature) for feature in level])).flatten(2)
-            for level in zip(*pyramids, strict=True)
-        ], 2)  # (pyramids N, 3 h, L)
-        heat, size, offset = x.relu().chunk(3, dim=1)
-        branches = (
-            self.heat(heat).float().squeeze(1),
-            nn.functional.softplus(self.size(size).float()),
-            self.offset(offset).float().sigmoid().clamp(max=1 - 2**-20),
-        )
-        sides = (branch.chunk(len(pyramids)) for branch in branches)
-        return [Detection(*side) for side in zip(*sides, strict=True)]
+    def forward(self, rows: Sequence[Tensor], shapes: Shapes) -> Tensor:
+        """The raw outputs, float32 (S, N, 5, L), for the (N, C, L) features of each of S networks, in one batch.
+
+        The five channels are the logit of the heatmap and width, height, x and y before
+        :func:`~mmkd_plugin.models.area_detectors.decode`.
+        """
+        levels = zip(*(self.reduce(row).split(cells_of(shapes), 2) for row in rows), strict=True)
+        x = join([
+            self.spatial(join(level, 0).unflatten(2, shape)).flatten(2)
+            for level, shape in zip(levels, shapes, strict=True)
+        ], 2)  # (S N, 3 h, L)
+        branches = zip((self.heat, self.size, self.offset), x.relu().chunk(3, dim=1), strict=True)
+        raw = torch.cat([branch(hidden) for branch, hidden in branches], 1)
+        return raw.float().view(len(rows), -1 if len(raw) else 0, *raw.shape[1:])
 
 
 @MODELS.register_module()
-class DAM(BaseModule):
+class DAM(nn.Module):
     """Finds where student and teacher look, and compares them there.
 
     [0] Shen, Huang, Zhu, Fan, Zhang, Student-Oriented Teacher Knowledge Refinement for Knowledge
@@ -85,10 +88,12 @@ class DAM(BaseModule):
     features themselves must agree (``L_DA``). Areas are taken per level, not over the pyramid, because the
     terms compare one level's pair of features each, and no level, however faint its heatmap, is left out.
 
-    Both terms are means that depend on neither resolution nor the number of levels, boxes or channels (see
-    :func:`detection_loss` and :func:`area_loss`), where [0] writes plain sums. The weights of [0] are not
+    ``L_D`` compares the head's raw outputs, not the probabilities and sizes that they mean: see
+    :func:`detection_loss`. Both terms are means that do not depend on the number of levels, boxes or
+    channels, where [0] writes plain sums. The weights of [0] are not
     published; 1000 and 1000, on mean-squared terms, are known from one CIFAR setting with a single
-    map. The defaults of 1 put both terms on the scale of a mean-squared feature loss of weight 1.
+    map and ``area_reduction='map'``. The defaults put both terms on the scale of a mean-squared feature loss of
+    weight 1.
 
     [0] has nothing that keeps the head from saying the same everywhere, which minimises ``L_D``. The anchor
     does; it supervises the head on the student and on the *unaugmented* teacher, as augmentation moves
@@ -99,16 +104,30 @@ class DAM(BaseModule):
 
     Args:
         channels: Of the features, the teacher's.
+        in_channels: Of the student's features. DAM then owns an adapter from these to ``channels``. None: features
+            come with ``channels``, adapted by someone else.
+        adapter: Further arguments of :class:`ConvAdapter`: ``dict(signed=False)`` where the teacher's features end
+            in a ReLU.
         num_areas: P, at most so many per level and image.
         region: Whose heatmap places the areas: 'mutual' (the product), 'student' or 'teacher'.
         anchor: 'boxes' (CenterNet targets, for detectors), 'attention' (the teacher's attention map, for
             classifiers) or None (the paper).
+        area_reduction: What ``L_DA`` is divided by, see :func:`area_loss`: the cells in areas ('area') or those of
+            the map ('map').
         hidden_channels: Of the head, see :class:`DetectionHead`.
         detect_loss_weight: Weight of ``L_D``.
         area_loss_weight: Weight of ``L_DA``. The paper's is not published; 3 did best of 1, 3 and 10 on the digits.
         anchor_loss_weight: Weight of the anchor, the mean of its values on student and teacher.
         max_cells: With 'boxes', the longest side in cells of a box on any level but the deepest.
-        init_cfg: As in any MMEngine module.
+
+    Example:
+        >>> dam = DAM(channels=256, in_channels=64)
+        >>> s_maps = [torch.randn(2, 64, 25, 42), torch.randn(2, 64, 13, 21)]
+        >>> t_maps = [torch.randn(2, 256, 25, 42), torch.randn(2, 256, 13, 21)]
+        >>> boxes = [torch.tensor([[20., 30., 90., 100.]]), torch.zeros(0, 4)]
+        >>> losses = dam(dam.adapt(s_maps), t_maps, gt_boxes=boxes, image_shape=(200, 336))
+        >>> list(losses)
+        ['loss_dam_detect', 'loss_dam_area', 'loss_dam_anchor']
 
     Raises:
         ValueError: an argument is out of its range.
@@ -116,17 +135,20 @@ class DAM(BaseModule):
 
     def __init__(self,
                  channels: int,
+                 in_channels: int | None = None,
+                 adapter: dict | None = None,
                  num_areas: int = 8,
                  region: str = 'mutual',
                  anchor: str | None = 'boxes',
+                 area_reduction: str = 'area',
                  hidden_channels: int = 32,
                  detect_loss_weight: float = 1.,
                  area_loss_weight: float = 3.,
                  anchor_loss_weight: float = 1.,
-                 max_cells: float = 8.,
-                 init_cfg: dict | list | None = None):
-        super().__init__(init_cfg)
-        for field, value, allowed in (('region', region, tuple(REGIONS)), ('anchor', anchor, ANCHORS)):
+                 max_cells: float = 8.):
+        super().__init__()
+        for field, value, allowed in (('region', region, tuple(REGIONS)), ('anchor', anchor, ANCHORS),
+                                      ('area_reduction', area_reduction, AREA_REDUCTIONS)):
             if value not in allowed:
                 raise ValueError(f'DAM.{field} must be one of {allowed}, got {value!r}; '
                                  f'{closest(value, filter(None, allowed))}')
@@ -138,8 +160,28 @@ class DAM(BaseModule):
         self.max_cells = check_number('DAM.max_cells', max_cells, above=0)
         self.region = region
         self.anchor = anchor
+        self.area_reduction = area_reduction
         hidden_channels = check_number('DAM.hidden_channels', hidden_channels, least=1, whole=True)
+        self.adapter = self._build_adapter(in_channels, adapter)
         self.head = DetectionHead(channels, hidden_channels)
+
+    def _build_adapter(self, in_channels: int | None, adapter: dict | None) -> ConvAdapter | None:
+        adapter = check_dict('DAM.adapter', {} if adapter is None else adapter)
+        if in_channels is None:
+            if adapter:
+                raise ValueError(f'DAM.adapter: DAM has no adapter without in_channels, got {adapter!r}. '
+                                 'Give the student\'s in_channels too.')
+            return None
+        unknown = [key for key in adapter if key != 'signed']
+        if unknown:
+            raise ValueError(f'DAM.adapter: an adapter takes signed, got {unknown[0]!r}. Remove it.')
+        in_channels = check_number('DAM.in_channels', in_channels, least=1, whole=True)
+        return ConvAdapter(in_channels, self.channels, **adapter)
+
+    def adapt(self, s_maps: Sequence[Tensor]) -> list[Tensor]:
+        """The student's (N, in_channels, H, W) maps, one per level, with the teacher's channels; the same maps where
+        DAM owns no adapter."""
+        return list(s_maps) if self.adapter is None else self.adapter(list(s_maps))
 
     def forward(self,
                 s_features: Sequence[Tensor],
@@ -150,9 +192,10 @@ class DAM(BaseModule):
         """The losses, float32 scalars, of features given per level, shallow to deep, (N, C, H, W) each.
 
         Args:
-            s_features: The student's, adapted to the teacher's channels and sizes.
+            s_features: The student's, adapted to the teacher's channels and sizes, see :meth:`adapt`.
             t_refined: The teacher's, refined.
-            t_features: The teacher's, unaugmented, for the anchor. None says that ``t_refined`` are.
+            t_features: The teacher's, unaugmented, for the anchor. None, or the same tensors as ``t_refined``: those
+                are unaugmented, and the head sees them once.
             gt_boxes: For the anchor 'boxes', (n_i, 4) per image, x1 y1 x2 y2 in pixels of the padded input.
             image_shape: For the anchor 'boxes', (H, W) of the padded input.
 
@@ -163,43 +206,35 @@ class DAM(BaseModule):
             ValueError: features do not match each other or ``channels``, or the anchor lacks its boxes.
         """
         self._check_features(s_features=s_features, t_refined=t_refined, t_features=t_features or t_refined)
-        if self.anchor is None or t_features is not None and all(map(operator.is_, t_features, t_refined)):
-            t_features = None  # not needed, or seen already
-        t_refined = [t.detach() for t in t_refined]
+        networks = [t_refined, s_features]
+        if not (self.anchor is None or t_features is None or all(map(operator.is_, t_features, t_refined))):
+            networks.append(t_features)
         shapes = _shapes(s_features)
-        plain = () if t_features is None else ([t.detach() for t in t_features], )
-        student, teacher, *unaugmented = self.head(s_features, t_refined, *plain)
-        with torch.autocast(s_features[0].device.type, enabled=False):
-            _, counts = self._find(student, teacher, shapes)
-            losses = dict(
-                loss_dam_detect=self.detect_loss_weight * detection_loss(student, teacher, shapes),
-                loss_dam_area=self.area_loss_weight * area_loss(s_features, t_refined, counts))
-            if self.anchor is not None:
-                t_features, = plain or (t_refined, )
-                teacher, = unaugmented or (teacher, )
-                losses['loss_dam_anchor'] = self.anchor_loss_weight * self._anchor_loss(
-                    student, teacher, t_features, gt_boxes, image_shape)
+        rows = [to_row([level if maps is s_features else level.detach() for level in maps]) for maps in networks]
+        raw = self.head(rows, shapes)
+        t_raw, s_raw, *_ = raw.unbind()  # float32 from here on: none of what follows is lowered by autocast
+        counts = count_areas(find_areas(raw[REGIONS[self.region]], shapes, self.num_areas), shapes)
+        losses = dict(
+            loss_dam_detect=self.detect_loss_weight * detection_loss(s_raw, t_raw, shapes),
+            loss_dam_area=self.area_loss_weight * area_loss(rows[1], rows[0], counts, shapes, self.area_reduction))
+        if self.anchor is not None:
+            both, plain = (raw, rows[0]) if len(rows) == 2 else (raw[1:], rows[2])
+            losses['loss_dam_anchor'] = self.anchor_loss_weight * self._anchor_loss(
+                both, plain, shapes, gt_boxes, image_shape)
         return losses
 
-    def _find(self, student: Detection, teacher: Detection, shapes: Shapes) -> tuple[Areas, Tensor]:
-        areas = find_areas(student, teacher, shapes, self.num_areas, self.region)
-        return areas, count_areas(areas, shapes, self.num_areas)
-
-    def _anchor_loss(self, student: Detection, teacher: Detection, t_features: Sequence[Tensor],
-                     gt_boxes: Sequence[Tensor] | None, image_shape: tuple[int, int] | None) -> Tensor:
-        shapes = _shapes(t_features)
+    def _anchor_loss(self, raw: Tensor, t_row: Tensor, shapes: Shapes, gt_boxes: Sequence[Tensor] | None,
+                     image_shape: tuple[int, int] | None) -> Tensor:
         if self.anchor == 'attention':
-            attention = torch.cat([attention_map(t).flatten(1) for t in t_features], 1)
-            return sum(attention_loss(side, attention, shapes) for side in (student, teacher)) / 2
-        images = len(t_features[0])
+            return attention_loss(raw, attention_map(t_row, shapes), shapes)
+        images = raw.shape[1]
         if gt_boxes is None or image_shape is None or len(gt_boxes) != images:
             given = 'None' if gt_boxes is None else f'those of {len(gt_boxes)} images'
             raise ValueError(f"DAM with anchor='boxes' needs gt_boxes of {images} images and image_shape "
                              f'(H, W), got {given} and {image_shape}')
-        device = t_features[0].device
-        target = centernet_targets([boxes.detach().to(device) for boxes in gt_boxes], image_shape, shapes,
+        target = centernet_targets([boxes.to(raw.device) for boxes in gt_boxes], image_shape, shapes, raw.device,
                                    self.max_cells)
-        return (centernet_loss(student, target) + centernet_loss(teacher, target)) / 2
+        return centernet_loss(raw, target, shapes)
 
     @torch.no_grad()
     def detect(self, s_features: Sequence[Tensor], t_features: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -211,18 +246,18 @@ class DAM(BaseModule):
         """
         self._check_features(s_features=s_features, t_features=t_features)
         shapes = _shapes(s_features)
-        student, teacher = self.head(s_features, t_features)
-        with torch.autocast(s_features[0].device.type, enabled=False):
-            areas, counts = self._find(student, teacher, shapes)
-        maps = dict(s_heatmap=student.heat.sigmoid(), t_heatmap=teacher.heat.sigmoid(), counts=counts)
-        levels = [{} for _ in shapes]
-        for name, value in maps.items():
-            for level, part, shape in zip(levels, value.split(cells_of(shapes), 1), shapes, strict=True):
-                level[name] = part.unflatten(1, shape)
-        for name, value in areas._asdict().items():
-            for level, part in zip(levels, value.split(areas_of(shapes, self.num_areas), 1), strict=True):
-                level[name] = part
-        return levels
+        raw = self.head([to_row(t_features), to_row(s_features)], shapes)
+        areas = find_areas(raw[REGIONS[self.region]], shapes, self.num_areas)
+        counts = count_areas(areas, shapes)
+        t_heat, s_heat = (heat.sigmoid().split(cells_of(shapes), 1) for heat in raw[:, :, 0])
+        return [
+            dict(s_heatmap=s_heat[i].unflatten(1, (h, w)),
+                 t_heatmap=t_heat[i].unflatten(1, (h, w)),
+                 counts=counts[:, i, :h, :w].float(),
+                 boxes=areas.boxes[:, i],
+                 scores=areas.log_scores[:, i].exp(),
+                 valid=areas.log_scores[:, i] > -torch.inf) for i, (h, w) in enumerate(shapes)
+        ]
 
     def _check_features(self, **features: Sequence[Tensor]) -> None:
         for name, levels in features.items():
@@ -239,5 +274,5 @@ class DAM(BaseModule):
                              f'got {listed}')
 
 
-def _shapes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [tuple(feature.shape[2:]) for feature in features]
+def _shapes(features: Sequence[Tensor]) -> Shapes:
+    return tuple(tuple(feature.shape[2:]) for feature in features)

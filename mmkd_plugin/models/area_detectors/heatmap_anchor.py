@@ -1,32 +1,48 @@
-"""What ties DAM's heads to objects: CenterNet targets from boxes, or the teacher's attention.
+"""What ties DAM's head to objects: CenterNet targets from boxes, or the teacher's attention.
 
-``L_D`` alone is minimised by heads that say the same everywhere, and ``L_DA`` sends no gradient through its
+``L_D`` alone is minimised by a head that says the same everywhere, and ``L_DA`` sends no gradient through its
 boxes, so nothing in the paper's objective makes a distinctive area distinctive. An anchor does.
 
 [0] Zhou et al., Objects as Points, arXiv 1904.07850, 2019: the targets and the loss.
 [1] Law, Deng, CornerNet: Detecting Objects as Paired Keypoints, ECCV 2018: the radius.
 
-Letters: N images, B boxes of the whole batch, L cells of all levels of a pyramid, level after level.
+Letters: S networks, N images, B boxes of the whole batch, C channels, V levels, L cells of all levels, K cells of the
+largest square that a Gaussian fills.
 """
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .areas import Detection, Shapes, cells_of, mean_of_levels
+from .areas import Shapes, cells_of, constants, decode, pyramid_grid
+
+Number = TypeVar('Number', float, Tensor)
 
 
 class CenterNetTarget(NamedTuple):
     """Targets of a pyramid."""
     heat: Tensor  # (N, L), 1 at centres, Gaussian around
-    exists: Tensor  # (B,), 1, or 0 where nothing is left of the box inside the input
+    exists: Tensor  # (B,), whether anything of the box is inside the input
     image: Tensor  # (B,), index of the image
-    cell: Tensor  # (B,), the centre's, in the pyramid
+    cell: Tensor  # (B,), the centre's, in the row
     size: Tensor  # (B, 2), width and height in cells
-    offset: Tensor  # (B, 2), x and y of the centre within its cell
+    offset: Tensor  # (B, 2), x and y of the centre within its cell, in [0, 1]
+
+
+class _Levels(NamedTuple):
+    """What the targets need of a pyramid's levels."""
+    image_size: Tensor  # (4,), W H W H
+    longest: Tensor  # (V - 1,), pixels; the longest side of a box that each level but the deepest takes
+    stride: Tensor  # (V, 2), x and y
+    last: Tensor  # (V, 2), last column and row
+    start_width: Tensor  # (V, 2), first cell and width
+    moves: Tensor  # (V, K), from the centre of a Gaussian to each of its cells
+    gaussians: Tensor  # (largest radius + 2, K), by radius, 0 beyond it; the last is 0 everywhere
+    nothing: Tensor  # (), index of the last
 
 
 def level_stride(image_length: int, level_length: int) -> float:
@@ -40,113 +56,149 @@ def level_stride(image_length: int, level_length: int) -> float:
     return power if math.ceil(image_length / power) == level_length else ratio
 
 
-def gaussian_radius(width: Tensor, height: Tensor, min_overlap: float) -> Tensor:
+def gaussian_radius(width: Number, height: Number, min_overlap: float) -> Number:
     """Largest shift of a box's corners that keeps IoU ``min_overlap`` with it, [1].
 
     [1] takes the least of three cases (both corners move together, inwards, outwards). Inwards, that is
     ``(w - 2r)(h - 2r) >= o w h``, is always the least, so it is the only one computed.
     """
     total = width + height
-    return (total - (total * total - 4 * (1 - min_overlap) * width * height).sqrt()) / 4
+    return (total - (total * total - 4 * (1 - min_overlap) * (width * height))**0.5) / 4
 
 
+@torch.no_grad()
 def centernet_targets(gt_boxes: Sequence[Tensor],
                       image_shape: tuple[int, int],
                       shapes: Shapes,
+                      device: torch.device,
                       max_cells: float = 8.,
                       min_overlap: float = 0.3) -> CenterNetTarget:
     """CenterNet's targets [0] for a pyramid, levels shallow to deep.
 
-    ``gt_boxes`` has per image an (n_i, 4) tensor, x1 y1 x2 y2 in pixels of the padded input of
+    ``gt_boxes`` has per image an (n_i, 4) tensor on ``device``, x1 y1 x2 y2 in pixels of the padded input of
     ``image_shape`` (H, W); n_i may be 0. A box belongs to the first level on which its longer side is at
     most ``max_cells`` cells, else to the deepest. Boxes are cut to the input, and count for nothing if
     nothing is left of them.
 
-    No loop over images, boxes or levels and no host sync. Each box draws once, on its level, and only the
-    square a Gaussian can reach, which on all levels but the deepest is bounded by ``max_cells``: memory is
-    ``B (2 reach + 1)^2``, not ``B L``.
+    No loop over boxes or levels, no tensor from the host and no host sync. Each box draws once, on its level, and
+    only the square a Gaussian can reach, which on all levels but the deepest is bounded by ``max_cells``: memory is
+    ``B K``, not ``B L``.
     """
-    boxes = torch.cat(list(gt_boxes)).float() if gt_boxes else torch.zeros(0, 4)
-    device = boxes.device
-    images = torch.tensor([len(each) for each in gt_boxes], dtype=torch.long)
-    image = torch.repeat_interleave(images).to(device, non_blocking=True)
-    levels, limits, reach = _levels(image_shape, shapes, max_cells, min_overlap)
-
-    height, width = image_shape
-    corners = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], 2)
-    low, high = corners.unbind(1)  # (B, 2) each, x and y as all that follows
+    levels = _levels(tuple(image_shape), shapes, max_cells, min_overlap, device)
+    boxes, image = _one_batch(gt_boxes, device)
+    low, high = boxes.clamp(min=0).minimum(levels.image_size).split(2, 1)  # (B, 2), x and y
     extent = high - low
     exists = (extent > 0).all(1)
-    level = (extent.amax(1, keepdim=True) > limits.to(device, non_blocking=True)).sum(1)
-    mine = levels.to(device, non_blocking=True)[level]  # (B, 5)
-    stride, length, start = mine[:, :2], mine[:, 2:4], mine[:, 4].long()
-
+    level = torch.bucketize(extent.amax(1), levels.longest)
+    stride, last, start_width = (each.index_select(0, level) for each in levels[2:5])
     centre, size = (low + high) / 2 / stride, extent / stride
-    cell = centre.floor().clamp(min=0).minimum(length - 1)  # (B, 2), column and row
-    offset = (centre - cell).clamp(0, 1 - 2**-20)
+    column_row = centre.floor().minimum(last)
+    start, width = start_width.unbind(1)
+    cell = torch.addcmul(start + column_row[:, 0], column_row[:, 1], width).long()
 
-    radius = gaussian_radius(size[:, 0], size[:, 1], min_overlap).floor()
-    sigma = (2 * radius + 1) / 6
-    step = torch.arange(-reach, reach + 1, device=device, dtype=boxes.dtype)
-    move = torch.stack(torch.meshgrid(step, step, indexing='ij'), -1).flatten(0, 1)  # (K, 2)
-    near = cell.unsqueeze(1) + move  # (B, K, 2)
-    # inside the map, because the radius is below half the shorter side of a box inside the input
-    drawn = (move.abs().amax(1) <= radius.unsqueeze(1)) & exists.unsqueeze(1)  # (B, K)
-    gauss = torch.exp(-move.square().sum(1) / (2 * sigma * sigma).unsqueeze(1)) * drawn
-    total = sum(cells_of(shapes))
-    index = start.unsqueeze(1) + (near[..., 1] * length[:, :1] + near[..., 0]).long()
-    index = torch.where(drawn, image.unsqueeze(1) * total + index, 0)  # what is not drawn adds a zero
-    heat = boxes.new_zeros(len(gt_boxes) * total)
-    heat = heat.scatter_reduce(0, index.flatten(), gauss.flatten(), 'amax').view(-1, total)
-    at_centre = start + (cell[:, 1] * length[:, 0] + cell[:, 0]).long()
-    return CenterNetTarget(heat, exists.float(), image, at_centre, size, offset)
+    radius = gaussian_radius(size[:, 0], size[:, 1], min_overlap).long()
+    gaussian = levels.gaussians.index_select(0, torch.where(exists, radius, levels.nothing))  # (B, K)
+    cells = sum(cells_of(shapes))
+    # what a Gaussian has outside the map or beyond its radius is zero, and a zero changes no maximum, wherever it goes
+    index = torch.add(cell, image, alpha=cells).unsqueeze(1) + levels.moves.index_select(0, level)
+    heat = torch.zeros(len(gt_boxes) * cells, device=device)
+    index = index.flatten().clamp(0, max(len(heat) - 1, 0))
+    heat = heat.scatter_reduce(0, index, gaussian.flatten(), 'amax').view(len(gt_boxes), cells)
+    return CenterNetTarget(heat, exists, image, cell, size, centre - column_row)
 
 
-def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float,
-            min_overlap: float) -> tuple[Tensor, Tensor, int]:
-    """Per level the x and y stride, w, h and first cell (levels, 5); the longest sides in pixels that all
-    levels but the deepest take; how far a Gaussian can reach, in cells."""
+def _one_batch(gt_boxes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All boxes, (B, 4), and the index of each one's image, (B,)."""
+    if not gt_boxes:
+        return torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.long, device=device)
+    index = _image_index(len(gt_boxes), device).split(1)
+    image = torch.cat([i.expand(len(boxes)) for i, boxes in zip(index, gt_boxes, strict=True)])
+    return torch.cat(list(gt_boxes)).float(), image
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _image_index(images: int, device: torch.device) -> Tensor:
+    return torch.arange(images, device=device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float, min_overlap: float,
+            device: torch.device) -> _Levels:
     height, width = image_shape
-    rows, limits, start, reach = [], [], 0, 0
-    for i, (h, w) in enumerate(shapes):
-        stride_x, stride_y = level_stride(width, w), level_stride(height, h)
-        limit = math.inf if i == len(shapes) - 1 else max_cells * max(stride_x, stride_y)
-        largest = torch.tensor([min(limit, width) / stride_x, min(limit, height) / stride_y]).double()
-        reach = max(reach, int(gaussian_radius(*largest, min_overlap) + 1e-3))
-        rows.append((stride_x, stride_y, w, h, start))
-        limits.append(limit)
-        start += h * w
-    return torch.tensor(rows, dtype=torch.float32), torch.tensor(limits[:-1]), reach
+    strides = [(level_stride(width, w), level_stride(height, h)) for h, w in shapes]
+    longest = [max_cells * max(stride) for stride in strides[:-1]]
+    largest = [(min(limit, width) / x, min(limit, height) / y)
+               for limit, (x, y) in zip([*longest, math.inf], strides, strict=True)]
+    reach = max(int(gaussian_radius(*box, min_overlap) + 1e-3) for box in largest)
+
+    step = torch.arange(-reach, reach + 1, device=device)
+    radius = torch.arange(reach + 2, device=device)[:, None, None]
+    distance, far = step.square().unsqueeze(1) + step.square(), step.abs().unsqueeze(1).maximum(step.abs())
+    gaussians = torch.exp(-distance / (2 * ((2 * radius + 1) / 6)**2)) * ((far <= radius) & (radius <= reach))
+    moves = torch.stack([step.unsqueeze(1) * w + step for _, w in shapes])
+
+    def columns(pairs: Sequence[Sequence[float]]) -> Tensor:
+        return torch.stack([constants(column, device) for column in zip(*pairs, strict=True)], 1)
+
+    starts = [sum(cells_of(shapes)[:i]) for i in range(len(shapes))]
+    return _Levels(
+        image_size=constants([width, height] * 2, device),
+        longest=constants(longest, device),
+        stride=columns(strides),
+        last=columns([(w - 1, h - 1) for h, w in shapes]),
+        start_width=columns([(start, w) for start, (_, w) in zip(starts, shapes, strict=True)]),
+        moves=moves.flatten(1),
+        gaussians=gaussians.flatten(1),
+        nothing=torch.full((), reach + 1, device=device))
 
 
-def centernet_loss(detection: Detection, target: CenterNetTarget, size_weight: float = 0.1) -> Tensor:
-    """CenterNet's loss [0], summed over levels and divided by the number of objects in the batch.
+def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_weight: float = 0.1) -> Tensor:
+    """CenterNet's loss [0], summed over levels and divided by the number of objects in the batch; mean of networks.
 
     Penalty-reduced focal loss of the heatmap (alpha 2, beta 4), ``size_weight`` times L1 of the size in
-    cells, L1 of the offset.
+    cells, L1 of the offset. ``raw`` is (S, N, 5, L), float32.
+
+    With the sign of the logit z turned at the centres, both cases of the focal loss are one:
+    ``w sigmoid(z)^2 softplus(z)``, where w is 1 at the centres and ``(1 - heat)^4`` elsewhere.
     """
-    z, p = detection.heat, detection.heat.sigmoid()  # (N, L)
-    positive = (1 - p).square() * F.logsigmoid(z)
-    negative = (1 - target.heat).pow(4) * p.square() * F.logsigmoid(-z)
-    focal = -torch.where(target.heat == 1, positive, negative).sum()
-    size = (detection.size[target.image, :, target.cell] - target.size).abs()  # (B, 2)
-    offset = (detection.offset[target.image, :, target.cell] - target.offset).abs()
-    l1 = ((size_weight * size + offset).sum(1) * target.exists).sum()
-    return (focal + l1) / target.exists.sum().clamp(min=1)
+    centre = target.heat.floor()  # 1 there, 0 elsewhere
+    weight = (1 - target.heat).pow(4) + centre
+    z = raw[:, :, 0] * torch.rsub(centre, 1, alpha=2)
+    focal = (z.sigmoid().square() * F.softplus(z) * weight).sum()
+
+    grid = pyramid_grid(shapes, raw.device)
+    total = raw.shape[-1]
+    at = torch.add(target.cell, target.image, alpha=5 * total) + grid.branch  # (4, B), into N 5 L
+    size, offset = decode(raw.flatten(1).index_select(1, at.flatten()).unflatten(1, at.shape), 1)  # (S, 2, B)
+    error = (torch.cat([size, offset], 1) - torch.cat([target.size, target.offset], 1).t()).abs()
+    l1 = (error * (target.exists * _l1_weights(size_weight, raw.device))).sum()
+    return (focal + l1) / (len(raw) * target.exists.sum().clamp(min=1))
 
 
-def attention_map(feature: Tensor) -> Tensor:
-    """Mean square over channels of an (N, C, H, W) feature, per image scaled to [0, 1]; (N, H, W)."""
-    energy = feature.float().square().mean(1)
-    low, high = energy.flatten(1).amin(1), energy.flatten(1).amax(1)
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _l1_weights(size_weight: float, device: torch.device) -> Tensor:
+    return constants([size_weight, size_weight, 1, 1], device).unsqueeze(1)
+
+
+def attention_map(row: Tensor, shapes: Shapes) -> Tensor:
+    """Mean square over channels of (N, C, L) features, per image and level scaled to [0, 1]; (N, L)."""
+    grid = pyramid_grid(shapes, row.device)
+    energy = row.float().square().mean(1)
+    low, high = energy.index_select(1, grid.cell).unflatten(1, (len(shapes), -1)).aminmax(dim=2)  # (N, V)
     scale = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    return (energy - low[:, None, None]) / scale[:, None, None]
+    return (energy - low.index_select(1, grid.level)) / scale.index_select(1, grid.level)
 
 
-def attention_loss(detection: Detection, attention: Tensor, shapes: Shapes) -> Tensor:
-    """Cross-entropy of the heatmap against the attention (N, L) as soft target, mean of cells and levels.
+def attention_loss(raw: Tensor, attention: Tensor, shapes: Shapes) -> Tensor:
+    """Cross-entropy of the heatmap against the attention (N, L) as soft target; mean of cells, levels and networks.
 
-    Size and offset have no target here and keep close to where they start: areas of 3 x 3 cells.
+    Size and offset have no target here and keep close to where they start: areas of 3 x 3 cells. ``raw`` is
+    (S, N, 5, L), float32. Zero without images.
     """
-    loss = F.binary_cross_entropy_with_logits(detection.heat, attention, reduction='none')
-    return mean_of_levels(loss, shapes)
+    heat = raw[:, :, 0]
+    share = pyramid_grid(shapes, raw.device).share[0]
+    loss = F.binary_cross_entropy_with_logits(heat, attention.expand_as(heat), share, reduction='sum')
+    return loss / max(len(raw) * len(attention), 1)

@@ -17,8 +17,7 @@ class ConvAdapter(BaseConnector):
     """Two 3x3 convolutions with batch norm and ReLU, shared by all levels of a pyramid [0].
 
     [0] Shen, Huang, Zhu, Fan, Zhang, Student-Oriented Teacher Knowledge Refinement for Knowledge
-    Distillation, arXiv 2409.18785, 2024. Where the teacher's feature is signed, as the outputs of an FPN
-    are, the last ReLU would cut half of it off and is left out.
+    Distillation, arXiv 2409.18785, 2024.
 
     Batch norm takes its statistics over the positions of all levels together, so that a level of one
     position (1 x 1, one image) is no error and the weights mean the same on every level.
@@ -26,15 +25,18 @@ class ConvAdapter(BaseConnector):
     Args:
         in_channels: The student's.
         out_channels: The teacher's.
-        signed: Whether the teacher's feature has negative values.
-        init_cfg: As in any MMEngine module.
+        signed: Whether the teacher's feature has negative values, as the outputs of an FPN have. If it has, the last
+            ReLU is left out, because it would cut them off. Set it to False for features that end in a ReLU, such as
+            the stages of a ResNet.
 
     Raises:
-        ValueError: a number of channels is no positive whole number.
+        ValueError: a number of channels is no positive whole number, or ``signed`` is no bool.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, signed: bool = True, init_cfg: dict | None = None):
-        super().__init__(init_cfg)
+    def __init__(self, in_channels: int, out_channels: int, signed: bool = True):
+        super().__init__()
+        if not isinstance(signed, bool):
+            raise ValueError(f'ConvAdapter.signed must be True or False, got {signed!r}')
         self.in_channels = check_number('ConvAdapter.in_channels', in_channels, least=1, whole=True)
         self.out_channels = check_number('ConvAdapter.out_channels', out_channels, least=1, whole=True)
         self.signed = signed
@@ -58,8 +60,8 @@ class ConvAdapter(BaseConnector):
         shapes = [x.shape[2:] for x in levels]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             row = norm(torch.cat([conv(x).flatten(2) for x in levels], 2))  # (N, C, L)
-            if i == 0 or not self.signed:
-                row = row.relu()
             levels = [part.unflatten(2, shape) for part, shape in zip(
                 row.split([h * w for h, w in shapes], 2), shapes, strict=True)]
+            if i == 0 or not self.signed:  # level by level, which also lays each out as the next convolution wants it
+                levels = [level.relu() for level in levels]
         return levels[0] if isinstance(feature, Tensor) else type(feature)(levels)

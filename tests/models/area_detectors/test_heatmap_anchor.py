@@ -5,15 +5,19 @@ import torch
 from mmdet.models.utils import gaussian_radius as mmdet_gaussian_radius
 from mmdet.models.utils import gen_gaussian_target
 
-from mmkd_plugin.models.area_detectors.areas import Detection
-from mmkd_plugin.models.area_detectors.heatmap_anchor import (
-    attention_loss,
-    attention_map,
-    centernet_loss,
-    centernet_targets,
-    gaussian_radius,
-    level_stride,
-)
+from mmkd_plugin.models.area_detectors import attention_loss, attention_map, centernet_loss
+from mmkd_plugin.models.area_detectors import centernet_targets as centernet_targets_on
+from mmkd_plugin.models.area_detectors.heatmap_anchor import gaussian_radius, level_stride
+
+
+def centernet_targets(gt_boxes, image_shape, shapes, **kwargs):
+    return centernet_targets_on(gt_boxes, image_shape, tuple(shapes), torch.device('cpu'), **kwargs)
+
+
+def raw_of(heat, size, offset):
+    """Raw outputs of one network whose logits, sizes and offsets in (0, 1) these are: (1, N, 5, L)."""
+    size, offset = (torch.as_tensor(x).expand(len(heat), 2, heat.shape[1]) for x in (size, offset))
+    return torch.cat([heat.unsqueeze(1), size.expm1().log(), offset.logit()], 1).unsqueeze(0)
 
 
 def test_level_strides():
@@ -97,7 +101,7 @@ def test_a_centre_that_rounds_to_the_border_is_in_the_last_cell():
     almost = torch.nextafter(torch.tensor(128.), torch.tensor(0.)).item()
     target = centernet_targets([torch.tensor([[almost, 0, 128, 64]])], (64, 128), [(8, 16)])
     assert target.exists.item() == 1 and target.cell.item() == 4 * 16 + 15
-    assert 0.99 < target.offset[0, 0].item() < 1
+    assert 0.99 < target.offset[0, 0].item() <= 1
 
 
 def test_boxes_outside_or_without_area_count_for_nothing():
@@ -109,11 +113,12 @@ def test_boxes_outside_or_without_area_count_for_nothing():
     # cut to the input: 120..128 x 60..64 and 0..20 x 10..30
     assert target.size[3:].tolist() == [[1, 0.5], [2.5, 2.5]]
     assert ((target.cell >= 0) & (target.cell < 128)).all()
-    assert ((target.offset >= 0) & (target.offset < 1)).all()
-    random = Detection(torch.randn(1, 128), torch.rand(1, 2, 128), torch.rand(1, 2, 128))
+    assert ((target.offset >= 0) & (target.offset <= 1)).all()
+    random, shapes = torch.randn(1, 1, 5, 128), ((8, 16), )
     without = centernet_targets([boxes[3:]], (64, 128), [(8, 16)])
     assert torch.equal(target.heat, without.heat)
-    assert centernet_loss(random, target).item() == pytest.approx(centernet_loss(random, without).item())
+    value = centernet_loss(random, target, shapes).item()
+    assert value == pytest.approx(centernet_loss(random, without, shapes).item())
     assert centernet_targets([], (64, 128), [(8, 16)]).heat.shape == (0, 128)
 
 
@@ -144,12 +149,17 @@ def test_loss_by_hand():
     heat = torch.full((2, 20), math.log(p / (1 - p)))
     heat[0, [5, 19]] = math.log(hit / (1 - hit))
     sizes = torch.tensor([3.] * 16 + [1.] * 4).expand(2, 2, 20)
-    loss = centernet_loss(Detection(heat, sizes, torch.full((2, 2, 20), 0.25)), target)
+    shapes = ((4, 4), (2, 2))
+    raw = raw_of(heat, sizes, 0.25)
+    loss = centernet_loss(raw, target, shapes)
     # boxes of 2 x 2 cells: radius floor(0.45) = 0, so every other cell of the 40 is a full negative
     focal = 2 * (1 - hit)**2 * -math.log(hit) + 38 * p**2 * -math.log(1 - p)
     size = 0.1 * (2 * abs(3 - 2) + 2 * abs(1 - 2))  # cells, width and height
     offset = 2 * 0.25 + 2 * 0.25  # centres (1, 1) cells: offset 0
     assert loss.item() == pytest.approx((focal + size + offset) / 2, rel=1e-5)
+    other = torch.randn(1, 2, 5, 20)
+    both = centernet_loss(torch.cat([raw, other]), target, shapes)
+    assert both.item() == pytest.approx((loss + centernet_loss(other, target, shapes)).item() / 2, rel=1e-5)
 
 
 def test_negatives_near_a_centre_are_penalised_less():
@@ -158,8 +168,7 @@ def test_negatives_near_a_centre_are_penalised_less():
     def loss(cell):
         heat = torch.full((1, 8, 8), -10.)
         heat[0, 4, 4], heat[(0, *cell)] = 10., 2.
-        return centernet_loss(
-            Detection(heat.flatten(1), torch.full((1, 2, 64), 6.), torch.zeros(1, 2, 64)), target)
+        return centernet_loss(raw_of(heat.flatten(1), 6., 1e-9), target, ((8, 8), ))
 
     p = 1 / (1 + math.exp(-2))
     full = p**2 * -math.log(1 - p)
@@ -170,7 +179,7 @@ def test_negatives_near_a_centre_are_penalised_less():
 def test_no_objects_at_all():
     target = centernet_targets([torch.zeros(0, 4)] * 2, (64, 64), [(8, 8), (4, 4)])
     heat = torch.zeros(2, 80, requires_grad=True)
-    loss = centernet_loss(Detection(heat, torch.ones(2, 2, 80), torch.ones(2, 2, 80)), target)
+    loss = centernet_loss(raw_of(heat, 1., 0.5), target, ((8, 8), (4, 4)))
     assert loss.item() == pytest.approx(160 * 0.25 * math.log(2), rel=1e-5)
     loss.backward()
     assert (heat.grad > 0).all()  # every heat goes down
@@ -178,12 +187,21 @@ def test_no_objects_at_all():
 
 def test_attention_map_and_loss_by_hand():
     feature = torch.tensor([[[[1., 2.]], [[1., 4.]]], [[[3., 3.]], [[3., 3.]]]])  # energies 1, 10; 9, 9
-    attention = attention_map(feature)
-    assert attention.tolist() == [[[0, 1]], [[0, 0]]]
+    attention = attention_map(feature.flatten(2), ((1, 2), ))
+    assert attention.tolist() == [[0, 1], [0, 0]]
     z = torch.tensor([[-1., 2.], [0., 1.]])
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-2)) + math.log(2) + math.log1p(math.e)) / 4
-    loss = attention_loss(Detection(z, z, z), attention.flatten(1), [(1, 2)])
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-    assert attention_loss(Detection(z, z, z), attention.flatten(1), [(1, 1), (1, 1)]).item() == \
-        pytest.approx(expected, rel=1e-6)
-    assert attention_map(torch.zeros(0, 4, 2, 2)).shape == (0, 2, 2)
+    raw = raw_of(z, 1., 0.5)
+    assert attention_loss(raw, attention, ((1, 2), )).item() == pytest.approx(expected, rel=1e-6)
+    assert attention_loss(raw, attention, ((1, 1), (1, 1))).item() == pytest.approx(expected, rel=1e-6)
+    assert attention_loss(raw.repeat(3, 1, 1, 1), attention, ((1, 2), )).item() == pytest.approx(expected, rel=1e-6)
+    assert attention_map(torch.zeros(0, 4, 4), ((2, 2), )).shape == (0, 4)
+
+
+def test_attention_is_scaled_level_by_level():
+    levels = [torch.randn(2, 3, *shape) * scale for shape, scale in (((4, 6), 1.), ((2, 3), 9.), ((1, 1), 5.))]
+    attention = attention_map(torch.cat([x.flatten(2) for x in levels], 2), ((4, 6), (2, 3), (1, 1)))
+    for part, level in zip(attention.split([24, 6, 1], 1), levels, strict=True):
+        torch.testing.assert_close(part, attention_map(level.flatten(2), (level.shape[2:], )))
+    assert attention[:, :24].amax(1).tolist() == attention[:, 24:30].amax(1).tolist() == [1, 1]
+    assert attention[:, 30].tolist() == [0, 0]

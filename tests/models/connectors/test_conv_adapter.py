@@ -47,7 +47,17 @@ def test_evaluation_does_not_depend_on_the_other_levels():
     torch.testing.assert_close(adapter(xs)[1], adapter(xs[1]))
 
 
-def test_wrong_input_is_told():
+def test_it_runs_on_another_device():
+    adapter = ConvAdapter(3, 5).to('meta')
+    out = adapter([torch.randn(2, 3, 4, 4, device='meta'), torch.randn(2, 3, 2, 2, device='meta')])
+    sum(x.sum() for x in out).backward()
+    assert [x.shape for x in out] == [(2, 5, 4, 4), (2, 5, 2, 2)]
+    assert all(p.grad.device.type == 'meta' for p in adapter.parameters())
+
+
+def test_wrong_input_raises():
+    with pytest.raises(ValueError, match=r"ConvAdapter.signed.*got 'auto'"):
+        ConvAdapter(3, 5, signed='auto')
     with pytest.raises(ValueError, match=r'ConvAdapter.in_channels.*0'):
         ConvAdapter(0, 5)
     with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*\(2, 4, 2, 2\)'):
