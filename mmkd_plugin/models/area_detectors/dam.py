@@ -212,16 +212,25 @@ class DAM(nn.Module):
         shapes = _shapes(s_features)
         rows = [to_row([level if maps is s_features else level.detach() for level in maps]) for maps in networks]
         raw = self.head(rows, shapes)
-        t_raw, s_raw, *_ = raw.unbind()  # float32 from here on: none of what follows is lowered by autocast
-        counts = count_areas(find_areas(raw[REGIONS[self.region]], shapes, self.num_areas), shapes)
-        losses = dict(
-            loss_dam_detect=self.detect_loss_weight * detection_loss(s_raw, t_raw, shapes),
-            loss_dam_area=self.area_loss_weight * area_loss(rows[1], rows[0], counts, shapes, self.area_reduction))
+        losses = self._comparison(raw, rows, shapes)
         if self.anchor is not None:
             both, plain = (raw, rows[0]) if len(rows) == 2 else (raw[1:], rows[2])
             losses['loss_dam_anchor'] = self.anchor_loss_weight * self._anchor_loss(
                 both, plain, shapes, gt_boxes, image_shape)
         return losses
+
+    def compare(self, s_features: Sequence[Tensor], t_refined: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``loss_dam_detect`` and ``loss_dam_area`` alone, see :meth:`forward`."""
+        self._check_features(s_features=s_features, t_refined=t_refined)
+        rows, shapes = [to_row([level.detach() for level in t_refined]), to_row(s_features)], _shapes(s_features)
+        return self._comparison(self.head(rows, shapes), rows, shapes)
+
+    def _comparison(self, raw: Tensor, rows: Sequence[Tensor], shapes: Shapes) -> dict[str, Tensor]:
+        t_raw, s_raw, *_ = raw.unbind()  # float32 from here on: none of what follows is lowered by autocast
+        counts = count_areas(find_areas(raw[REGIONS[self.region]], shapes, self.num_areas), shapes)
+        return dict(
+            loss_dam_detect=self.detect_loss_weight * detection_loss(s_raw, t_raw, shapes),
+            loss_dam_area=self.area_loss_weight * area_loss(rows[1], rows[0], counts, shapes, self.area_reduction))
 
     def _anchor_loss(self, raw: Tensor, t_row: Tensor, shapes: Shapes, gt_boxes: Sequence[Tensor] | None,
                      image_shape: tuple[int, int] | None) -> Tensor:
