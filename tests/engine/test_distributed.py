@@ -11,6 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmkd_plugin.engine import NonFiniteLossHook
+from mmkd_plugin.models.refiners import DAFA
 
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
             base='fitnet')
@@ -59,7 +60,7 @@ def train(rank, distiller):
     model.distillation_stopped = True
     steps(2)
     assert torch.equal(frozen, model.distiller.dafa.alpha)
-    assert gather(model.distiller.dafa.num_draws) == [8, 8]
+    assert gather(model.distiller.dafa.num_draws) == [7, 7]
 
 
 def equals_one_process(rank, distiller):
@@ -88,6 +89,52 @@ def equals_one_process(rank, distiller):
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
+class Searching(torch.nn.Module):
+    """The least whose distiller scores the policy's draws after the backward, by what this rank has recorded."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.distiller = torch.nn.Module()
+        torch.manual_seed(100 + rank)
+        self.linear, self.distiller.dafa = torch.nn.Linear(3, 2), DAFA(objective='agreement')
+        self.distiller.search_policy = self.search_policy
+
+    def forward(self, x):
+        feature = self.linear(x)
+        feature.register_hook(lambda push: setattr(self, 'push', push))
+        return feature.square().mean() + self.distiller.dafa.policy_loss(x, x)
+
+    def search_policy(self):
+        draws = self.distiller.dafa.sample()
+        scores = [self.push.sum() * (1 + draw.index) for draw in draws]
+        self.seen = draws, torch.stack(scores)
+        self.distiller.dafa.score_loss(draws, scores).backward()
+
+
+def policies_search_alike(rank):
+    """Other seeds and other scores on each: the draws are those of the first, the step is that of the mean."""
+    model = Searching(rank)
+    parallel = MMDistributedDataParallel(model, broadcast_buffers=False)
+    wrapper = build_optim_wrapper(parallel, dict(
+        optimizer=dict(type='SGD', lr=0.1), policy=dict(type='SGD', lr=1.),
+        constructor='mmkd_plugin.PolicyOptimWrapperConstructor'))
+    for _ in range(2):
+        before = model.distiller.dafa.alpha.detach().clone()
+        wrapper.update_params(parallel(torch.randn(4, 3)))
+        draws, scores = model.seen
+        assert torch.equal(*gather(torch.tensor([draw.index for draw in draws])))
+        scores = gather(scores)
+        assert not torch.equal(*scores)
+        after = model.distiller.dafa.alpha.detach().clone()
+        assert torch.equal(*gather(after))
+        with torch.no_grad():
+            model.distiller.dafa.alpha.copy_(before)
+        loss = model.distiller.dafa.score_loss(draws, sum(scores) / 2)
+        torch.testing.assert_close(before - torch.autograd.grad(loss, model.distiller.dafa.alpha)[0], after)
+        with torch.no_grad():
+            model.distiller.dafa.alpha.copy_(after)
+
+
 def all_stop_when_one_has_no_number(rank):
     model = torch.nn.Linear(1, 1)
     runner = SimpleNamespace(model=model, iter=4, optim_wrapper=build_optim_wrapper(model, dict(
@@ -107,6 +154,7 @@ def work(rank, port):
     for distiller in (SOKD, ALIGNED):
         train(rank, distiller)
     all_stop_when_one_has_no_number(rank)
+    policies_search_alike(rank)
     init_default_scope('mmpretrain')
     for distiller in (AMD, DAM):
         torch.manual_seed(0)

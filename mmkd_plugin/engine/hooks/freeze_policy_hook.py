@@ -1,4 +1,4 @@
-"""Ends SoKD's policy search, and shows how it went."""
+"""Begins and ends SoKD's policy search, and shows how it went."""
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -11,31 +11,34 @@ from ..optimizers.policy_optim_wrapper import PolicyOptimWrapper
 
 @HOOKS.register_module()
 class FreezePolicyHook(Hook):
-    """Freezes every :class:`DAFA` of the model after so many epochs or iterations; it is sampled on.
+    """Searches with every :class:`DAFA` of the model for so many epochs or iterations, and then freezes it.
 
-    That a policy is frozen is in its checkpoint, so that a resumed run knows it. During the search,
-    every epoch (in loops by iteration: every pass over the data) ends with the policy as a table in the
-    log and as scalars ``policy/...`` in the visualizer and the message hub.
+    Before the search, the teacher is not refined. After it, the policy is sampled and no longer learned. What a
+    policy does is in its checkpoint, and a frozen one stays frozen. During the search, every epoch (in loops by
+    iteration: every pass over the data) ends with the policy as a table in the log and as scalars ``policy/...``
+    in the visualizer and the message hub.
 
     Args:
-        search_epochs: how many epochs to search.
-        search_iters: how many iterations to search, instead.
+        search_epochs: How many epochs to search.
+        search_iters: How many iterations to search, instead.
+        begin: The epoch or iteration, counted from 0, with which the search begins.
 
     Raises:
-        ValueError: not exactly one of both is given; before training: the model has no policy, or an
-            unfrozen one has no optimiser of its own.
+        ValueError: Not exactly one of ``search_epochs`` and ``search_iters`` is given; before training: the model
+            has no policy, or an unfrozen one has no optimiser of its own.
     """
 
     priority = 'NORMAL'
 
-    def __init__(self, search_epochs: int | None = None, search_iters: int | None = None) -> None:
+    def __init__(self, search_epochs: int | None = None, search_iters: int | None = None, begin: int = 0) -> None:
         if (search_epochs is None) == (search_iters is None):
             raise ValueError('FreezePolicyHook takes either search_epochs or search_iters, '
                              f'got {search_epochs} and {search_iters}')
         self.by_epoch = search_epochs is not None
-        self.length = check_number('FreezePolicyHook.search_epochs' if self.by_epoch else
-                                   'FreezePolicyHook.search_iters',
-                                   search_epochs if self.by_epoch else search_iters, least=0, whole=True)
+        self.begin = check_number('FreezePolicyHook.begin', begin, least=0, whole=True)
+        self.end = begin + check_number('FreezePolicyHook.search_epochs' if self.by_epoch else
+                                        'FreezePolicyHook.search_iters',
+                                        search_epochs if self.by_epoch else search_iters, least=0, whole=True)
         self.policies: dict[str, DAFA] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -56,17 +59,29 @@ class FreezePolicyHook(Hook):
         return all(policy.frozen for policy in self.policies.values())
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        if not self.frozen and (runner.epoch if self.by_epoch else runner.iter) >= self.length:
-            for name, policy in self.policies.items():
+        now = runner.epoch if self.by_epoch else runner.iter
+        for name, policy in self.policies.items():
+            if policy.frozen:
+                continue
+            if now >= self.end:
                 policy.freeze()
                 runner.logger.info(f'The search of {name} is over after {runner.iter} iterations; it is frozen:\n'
                                    f'{policy.summary()}')
+            elif now < self.begin and not policy.waiting:
+                policy.wait()
+                runner.logger.info(f'The search of {name} begins with {"epoch" if self.by_epoch else "iteration"} '
+                                   f'{self.begin}, counted from 0; until then, the teacher is not refined')
+            elif now >= self.begin and policy.waiting:
+                policy.start_search()
+                runner.logger.info(f'The search of {name} begins after {runner.iter} iterations')
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
-        if self.frozen or (runner.iter + 1) % len(runner.train_dataloader):
+        if (runner.iter + 1) % len(runner.train_dataloader):
             return
         for name, policy in self.policies.items():
+            if not policy.searching:
+                continue
             runner.logger.info(f'{name} after {runner.iter + 1} iterations:\n{policy.summary()}')
             scalars = {f'{name}/{key}': value for key, value in policy.state().items()}
             for key, value in scalars.items():

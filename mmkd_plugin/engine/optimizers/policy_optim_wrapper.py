@@ -1,8 +1,9 @@
 """Two optimisers, one backward: the student's, as its config has it, and the policy's."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from mmengine.dist import all_reduce
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIMIZERS
@@ -17,8 +18,16 @@ class PolicyOptimWrapper(OptimWrapperDict):
 
     The student's wrapper rules: autocast, loss scaling, gradient accumulation and synchronisation are
     its own, for one backward of the sum of all losses. The policy's optimiser steps whenever the
-    student's does, until every policy is frozen; then it rests, as its momentum and weight decay would
+    student's does, while a policy is searching; else it rests, as its momentum and weight decay would
     move a policy that gets zeros. Clipping is the student's alone.
+
+    A policy whose objective is ``agreement`` learns from ``search_policy()`` of the distiller. It is called
+    after the student's backward and before any step, at every iteration of the search. It reads the gradients
+    that the backward has recorded, and calls ``backward()`` on a loss of the policy alone, such as
+    :meth:`DAFA.score_loss`. These gradients add up while the student's accumulate. Before the step they are
+    averaged over the processes, as the parallel wrapper does not see this backward. Scores are linear in the
+    recorded gradients, so the policy's gradients carry the loss scale of mixed precision like all others, and
+    are unscaled with them.
 
     Learning rate schedules and ``auto_scale_lr`` go by :meth:`items` and :meth:`values`, which hold the
     student's wrapper only: what is made for the student leaves the policy alone.
@@ -27,11 +36,14 @@ class PolicyOptimWrapper(OptimWrapperDict):
         student: of all parameters but the policies'.
         policy: of the policies' parameters.
         policies: the modules that own them.
+        search_policy: of the distiller; needed for the objective ``agreement`` alone.
     """
 
-    def __init__(self, student: OptimWrapper, policy: OptimWrapper, policies: Sequence[DAFA]) -> None:
+    def __init__(self, student: OptimWrapper, policy: OptimWrapper, policies: Sequence[DAFA],
+                 search_policy: Callable[[], None] | None = None) -> None:
         super().__init__(student=student, policy=policy)
         self.policies = list(policies)
+        self.search_policy = search_policy
 
     @property
     def student(self) -> OptimWrapper:
@@ -55,6 +67,8 @@ class PolicyOptimWrapper(OptimWrapperDict):
 
     def update_params(self, loss: Tensor, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
         self.backward(self.student.scale_loss(loss))
+        if self.agreeing:
+            self.search_policy()
         if self.student.should_update():
             self.step(**(step_kwargs or {}))
             self.zero_grad(**(zero_kwargs or {}))
@@ -62,13 +76,28 @@ class PolicyOptimWrapper(OptimWrapperDict):
     def backward(self, loss: Tensor, **kwargs) -> None:
         self.student.backward(loss, **kwargs)
 
+    @property
+    def searching(self) -> bool:
+        """Whether a policy learns."""
+        return any(policy.searching for policy in self.policies)
+
+    @property
+    def agreeing(self) -> list[DAFA]:
+        """The policies that learn from ``search_policy()`` now."""
+        return [policy for policy in self.policies if policy.searching and policy.objective == 'agreement']
+
     def step(self, **kwargs) -> None:
-        if not all(policy.frozen for policy in self.policies):
+        if self.searching:
+            for parameter in (parameter for policy in self.agreeing for parameter in policy.parameters()):
+                if parameter.grad is not None:
+                    all_reduce(parameter.grad, 'mean')
             scaler = getattr(self.student, 'loss_scaler', None)  # its update() is in the student's step
             if scaler is None:
                 self.policy.optimizer.step()
             else:
                 scaler.step(self.policy.optimizer)
+            for policy in self.policies:
+                policy.fetch()
         self.student.step(**kwargs)
 
     def zero_grad(self, **kwargs) -> None:
@@ -107,11 +136,15 @@ class PolicyOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not policies:
             raise ValueError(f'optim_wrapper.constructor is {type(self).__name__}, but {type(model).__name__} has no '
                              'DAFA: give the distiller dafa=dict(...), or take constructor and policy out')
+        search_policy = getattr(getattr(model, 'distiller', None), 'search_policy', None)
+        if search_policy is None and any(policy.objective == 'agreement' for policy in policies):
+            raise ValueError("dafa.objective: is 'agreement', but the distiller of "
+                             f"{type(model).__name__} has no search_policy() that scores draws. Use 'similarity'")
         parameters = [parameter for policy in policies for parameter in policy.parameters()]
         with _without_parameters(policies):
             student = super().__call__(model)
         optimizer = OPTIMIZERS.build(dict(self.policy_cfg, params=parameters))
-        return PolicyOptimWrapper(student, OptimWrapper(optimizer), policies)
+        return PolicyOptimWrapper(student, OptimWrapper(optimizer), policies, search_policy)
 
 
 @contextmanager

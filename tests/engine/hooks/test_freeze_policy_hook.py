@@ -77,6 +77,15 @@ def test_freezes_logs_and_shows(train):
     assert len(runner.message_hub.get_scalar('policy/p/Rotate').data[0]) == 2
 
 
+def test_begins_later(train):
+    runner = train('a', epochs=3, hooks=[dict(search_epochs=1, begin=1)])
+    assert 'The search of policy begins with epoch 1, counted from 0; until then' in runner.log
+    assert 'The search of policy begins after 2 iterations' in runner.log
+    assert 'The search of policy is over after 4 iterations' in runner.log
+    assert runner.log.count('policy after 4 iterations') == 1 and 'policy after 2 iterations' not in runner.log
+    assert dafa_of(runner).num_draws == 4 and dafa_of(runner).num_searches == 2 and dafa_of(runner).frozen
+
+
 def test_by_iterations(train):
     runner = train('a', hooks=[dict(search_iters=3)])
     assert 'The search of policy is over after 3 iterations' in runner.log
@@ -87,9 +96,9 @@ def test_by_iterations(train):
     assert 'The search of policy is over after 3 iterations' in runner.log and 'policy after 2 it' in runner.log
 
 
-@pytest.mark.parametrize('search_epochs', [3, 1])
-def test_a_resumed_run_is_the_uninterrupted_one(train, search_epochs):
-    hooks = [dict(search_epochs=search_epochs)]
+@pytest.mark.parametrize('search_epochs, begin', [(3, 0), (1, 0), (1, 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(train, search_epochs, begin):
+    hooks = [dict(search_epochs=search_epochs, begin=begin)]
     whole = train('whole', epochs=4, hooks=hooks)
     first = train('first', epochs=2, hooks=hooks)
     parts = train('second', epochs=4, hooks=hooks, resume=True, load_from=f'{first.work_dir}/epoch_2.pth')
@@ -100,7 +109,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, search_epochs):
     assert float(states[0][0]['step']) == 2 * search_epochs
     for index, state in states[1].items():
         assert all(torch.equal(value, states[0][index][key]) for key, value in state.items())
-    assert parts.log.count('The search of policy is over') == (search_epochs == 3)
+    assert parts.log.count('The search of policy is over') == (search_epochs + begin == 3)
+    assert dafa_of(parts).num_searches == 2 * search_epochs
 
 
 def test_the_students_schedule_leaves_the_policy_alone(train):
@@ -122,7 +132,7 @@ def test_mmrazors_stop_distill_hook(train):
 def test_a_held_out_split_with_mmrazors_loop(train):
     loop = dict(type='mmrazor.DartsEpochBasedTrainLoop', max_epochs=3)
     runner = train('a', hooks=[dict(search_epochs=2)], loop=dict(loop, mutator_dataloader=loader(seed=5)))
-    assert dafa_of(runner).num_draws == 2 * (2 + 2 + 1)  # two a step while searching, then one
+    assert dafa_of(runner).num_draws == 6 and dafa_of(runner).num_searches == 4
     assert dafa_of(runner).alpha.std() > 0
 
 
@@ -131,6 +141,7 @@ def test_a_held_out_split_with_mmrazors_loop(train):
     (dict(search_epochs=1, search_iters=1), 'either search_epochs or search_iters'),
     (dict(search_epochs=-1), 'search_epochs must be.*-1'),
     (dict(search_iters=0.5), 'search_iters must be.*0.5'),
+    (dict(search_iters=1, begin=-1), 'begin must be.*-1'),
 ])
 def test_wrong_lengths_are_refused(train, hook, message):
     with pytest.raises(ValueError, match=message):

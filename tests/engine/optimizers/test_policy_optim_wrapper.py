@@ -90,6 +90,104 @@ def test_a_frozen_policy_rests_in_spite_of_its_momentum():
     assert (student['linear.weight'] != model.linear.weight).any()
 
 
+def test_a_waiting_policy_rests_too():
+    model = Model()
+    wrapper = build_optim_wrapper(model, dict(optimizer=SGD, **POLICY))
+    model.dafa.wait()
+    before = copy.deepcopy(model.dafa.state_dict())
+    step(model, wrapper, torch.randn(4, 3))
+    assert all(torch.equal(value, before[name]) for name, value in model.dafa.state_dict().items())
+    model.dafa.start_search()
+    step(model, wrapper, torch.randn(4, 3))
+    assert (model.dafa.alpha != before['alpha']).any()
+
+
+class Distiller(torch.nn.Module):
+    """Scores the policy's draws by a gradient that the student's backward has recorded."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.dafa, self.calls, self.pushes = DAFA(objective=objective, seed=0), [], []
+
+    def record(self, feature):
+        feature.register_hook(self.pushes.append)
+        return feature
+
+    def search_policy(self):
+        push = self.pushes.pop()
+        draws = self.dafa.sample()
+        scores = [push.sum() * (1 + draw.index) for draw in draws]
+        self.calls.append((draws, torch.stack(scores)))
+        self.dafa.score_loss(draws, scores).backward()
+
+
+class Searching(torch.nn.Module):
+    """The least whose distiller searches after the backward."""
+
+    def __init__(self, objective='agreement'):
+        super().__init__()
+        self.linear, self.norm, self.distiller = torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), Distiller(objective)
+
+    def forward(self, x):
+        return self.norm(self.distiller.record(self.linear(x))).square().mul(torch.arange(2)).mean() + \
+            self.distiller.dafa.policy_loss(x, x)
+
+
+def test_search_policy_comes_between_the_backward_and_the_step():
+    model, plain = Searching(), Searching('similarity')
+    plain.load_state_dict(model.state_dict())
+    plain.distiller.dafa.freeze()
+    wrappers = [build_optim_wrapper(each, dict(optimizer=SGD, **POLICY)) for each in (model, plain)]
+    by_hand = copy.deepcopy(model.distiller.dafa)
+    adam = torch.optim.Adam(by_hand.parameters(), lr=0.05)
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        for each, wrapper in zip((model, plain), wrappers):
+            wrapper.update_params(each(x))
+        adam.zero_grad()
+        draws, scores = model.distiller.calls[-1]
+        assert draws == by_hand.sample()
+        by_hand.score_loss(draws, scores).backward()
+        adam.step()
+    assert len(model.distiller.calls) == 3 and not plain.distiller.calls
+    for value, expected in zip(model.distiller.dafa.parameters(), by_hand.parameters()):
+        assert torch.equal(value, expected)
+    for name in ('linear.weight', 'norm.weight', 'norm.running_mean'):  # the student is trained as without a search
+        assert torch.equal(model.state_dict()[name], plain.state_dict()[name])
+
+
+def test_search_policy_runs_at_every_iteration_that_accumulates():
+    model = Searching()
+    wrapper = build_optim_wrapper(model, dict(
+        optimizer=SGD, accumulative_counts=2, constructor=POLICY['constructor'], policy=dict(type='SGD', lr=1.)))
+    wrapper.initialize_count_status(model, 0, 2)
+    start = [p.detach().clone() for p in model.distiller.dafa.parameters()]
+    expected = copy.deepcopy(model.distiller.dafa)
+    for _ in range(2):
+        wrapper.update_params(model(torch.randn(4, 3)))
+    for draws, scores in model.distiller.calls:
+        expected.score_loss(draws, scores).backward()
+    assert len(model.distiller.calls) == 2
+    for value, before, by_hand in zip(model.distiller.dafa.parameters(), start, expected.parameters()):
+        torch.testing.assert_close(value, before - by_hand.grad)
+
+
+@pytest.mark.parametrize('phase', ['wait', 'freeze'])
+def test_search_policy_is_left_alone_outside_of_the_search(phase):
+    model = Searching()
+    wrapper = build_optim_wrapper(model, dict(optimizer=SGD, **POLICY))
+    getattr(model.distiller.dafa, phase)()
+    wrapper.update_params(model(torch.randn(4, 3)))
+    assert not model.distiller.calls
+
+
+def test_agreement_needs_a_distiller_that_scores():
+    model = Model()
+    model.dafa = DAFA(objective='agreement')
+    with pytest.raises(ValueError, match="dafa.objective: is 'agreement'.*Model has no search_policy"):
+        build_optim_wrapper(model, dict(optimizer=SGD, **POLICY))
+
+
 def test_state_and_logs():
     model, other = Model(), Model()
     wrappers = [build_optim_wrapper(each, dict(optimizer=SGD, **POLICY)) for each in (model, other)]
@@ -147,6 +245,23 @@ def test_one_loss_scale_for_both(monkeypatch, clip):
         torch.testing.assert_close(scaled.state_dict()[name], value, msg=name)
     assert scaler.calls.count(('update', None)) == 1 and scaler.calls[-1] == ('update', None)
     assert {('step', 'Policy'), ('step', 'SGD')} < set(scaler.calls)
+
+
+def test_the_policy_of_search_policy_loses_the_loss_scale(monkeypatch):
+    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
+    plain, scaled = Searching(), Searching()
+    scaled.load_state_dict(plain.state_dict())
+    config = dict(optimizer=SGD, constructor=POLICY['constructor'], policy=dict(type='SGD', lr=0.1))
+    wrapper = build_optim_wrapper(plain, copy.deepcopy(config))
+    amp = build_optim_wrapper(scaled, dict(copy.deepcopy(config), type='AmpOptimWrapper', loss_scale='dynamic'))
+    amp.student.loss_scaler = Scaler()
+    amp.policy.optimizer.__class__ = type('Policy', (torch.optim.SGD, ), {})
+    x = torch.randn(4, 3)
+    for each, its in ((plain, wrapper), (scaled, amp)):
+        its.update_params(each(x))
+    torch.testing.assert_close(scaled.distiller.calls[0][1], 8 * plain.distiller.calls[0][1])
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(scaled.state_dict()[name], value, msg=name)
 
 
 def test_the_stock_train_step_works(build):
