@@ -66,7 +66,7 @@ class DAFA(BaseModule):
 
     **Objectives.** ``similarity`` is the paper's, ``L_aug = 1/2 mean((s(F_T) - F_S)^2)``.
     ``agreement`` scores a draw by :func:`~.agreement.agreement_score`, outside of this module: take
-    draws by :meth:`sample`, refine by :meth:`apply` and learn from the scores by :meth:`score_loss`.
+    draws by :meth:`sample`, refine the features by :meth:`refine` and learn from the scores by :meth:`score_loss`.
 
     **Gradients.** The paper relaxes selection and application at a temperature
     of 0.5. Here both are hard, as the relaxation's straight-through gradient is
@@ -292,7 +292,7 @@ class DAFA(BaseModule):
         """d, such that m + d and m - d are in the range."""
         return min(self.SYMMETRIC_STEP if OPERATIONS[name].symmetric else self.STEP, magnitude, 1 - magnitude)
 
-    def apply(self, draw: Draw, features: Features) -> Features:
+    def refine(self, draw: Draw, features: Features) -> Features:
         """Returns the features as a draw refines them, constants, or the input itself where it is the identity."""
         if not draw.row:
             return features
@@ -306,7 +306,7 @@ class DAFA(BaseModule):
         if not self.training or self.waiting:
             return features
         self.last_draw = self.draw()
-        return self.apply(self.last_draw, features)
+        return self.refine(self.last_draw, features)
 
     # Learning
 

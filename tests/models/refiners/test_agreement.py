@@ -85,7 +85,7 @@ def test_it_ranks_all_sub_policies_as_the_tasks_loss_after_one_step_does(seed):
         draw = dafa.draw()
         draws.setdefault(draw.index, draw)
     for draw in draws.values():
-        distillation = F.mse_loss(feature, dafa.apply(draw, target))
+        distillation = F.mse_loss(feature, dafa.refine(draw, target))
         scores.append(float(agreement_score(task, torch.autograd.grad(distillation, feature, retain_graph=True))))
         gradients = torch.autograd.grad(distillation, weights, retain_graph=True)
         length = sum(gradient.square().sum() for gradient in gradients).sqrt()
@@ -101,8 +101,8 @@ def test_it_ranks_all_sub_policies_as_the_tasks_loss_after_one_step_does(seed):
     assert rank_correlation(scores, gains) > 0.7
 
 
-def test_forty_steps_of_it_decide_what_the_papers_loss_leaves_open():
-    """Eight draws a step: moves near the identity gain, what destroys the map loses."""
+def test_forty_steps_tell_what_moves_a_little_from_what_destroys_the_map():
+    """Sub-policies of moves near the identity gain, those of channel operations and cutout lose."""
     teacher, student, generator = teacher_and_student(0)
     dafa = DAFA(objective='agreement', seed=0)
     optimizer = torch.optim.Adam(dafa.parameters(), lr=2e-2, betas=(0.5, 0.999))
@@ -112,15 +112,12 @@ def test_forty_steps_of_it_decide_what_the_papers_loss_leaves_open():
         task = torch.autograd.grad(F.cross_entropy(student.upper(feature), classes), feature, retain_graph=True)
         draws = dafa.sample()
         scores = [agreement_score(task, torch.autograd.grad(
-            F.mse_loss(feature, dafa.apply(draw, target)), feature, retain_graph=True)) for draw in draws]
+            F.mse_loss(feature, dafa.refine(draw, target)), feature, retain_graph=True)) for draw in draws]
         optimizer.zero_grad()
         dafa.score_loss(draws, scores).backward()
         optimizer.step()
-    policy = dafa.policy()
-    probability = dict(zip(dafa.names, policy.probability))
-    print(dafa.summary())
+    probability = dict(zip(dafa.names, dafa.policy().probability))
     moves = [p for name, p in probability.items() if 'Channel' not in name and 'Cutout' not in name]
     breaks = [p for name, p in probability.items() if name.count('Channel') == 2 or name in (
         'Cutout+ChannelDrop', 'Cutout+ChannelShuffle')]
     assert sum(moves) / len(moves) > 1.3 * sum(breaks) / len(breaks)
-    assert max(policy.probability) > 1.5 / 36

@@ -407,8 +407,8 @@ def every_pair(dafa, chance):
             for signs in itertools.product(*((1, -1) if on else (1, ) for on in applied)):
                 steps = [sign * dafa._step(name, m) * on for sign, name, m, on in
                          zip(signs, names, policy.magnitude[index], applied)]
-                yield p / 2**sum(applied), [dafa._at(Draw(index, applied, (), chance), policy, tuple(way * d for d in steps))
-                              for way in (1, -1)]
+                draw = Draw(index, applied, (), chance)
+                yield p / 2**sum(applied), [dafa._at(draw, policy, tuple(way * d for d in steps)) for way in (1, -1)]
 
 
 def test_the_estimate_averaged_over_all_draws_is_the_exact_gradient(monkeypatch):
