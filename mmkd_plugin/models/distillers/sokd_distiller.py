@@ -227,7 +227,7 @@ class SoKDDistiller(FeatureDistiller):
         with keep_statistics(self):
             for draw in draws:
                 student = [x.detach().requires_grad_() for x in maps[layer, True]]
-                refined = self.dafa.apply(draw, maps[layer, False])
+                refined = self.dafa.refine(draw, maps[layer, False])
                 loss = self._distillation(layer, {**maps, (layer, True): student, (layer, False): refined})
                 gradients = torch.autograd.grad(loss, student, allow_unused=True)
                 scores.append(agreement_score(task, [torch.zeros_like(x) if gradient is None else gradient

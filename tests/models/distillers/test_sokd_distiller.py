@@ -67,8 +67,8 @@ BASES = {
     'AMD': detect(dict(NECK, base='amd-scale-free')),
     'ReviewKD': classify(dict(STAGE, layers=STAGES, base=REVIEW)),
     'ReviewKD, neck': detect(dict(NECK, base=REVIEW)),
-    'ReviewKD, agreement': classify(dict(STAGE, layers=STAGES, base=REVIEW, dafa=dict(
-        objective='agreement', policy_draws=2))),
+    'ReviewKD, agreement': classify(dict(STAGE, layers=STAGES[:3], base=REVIEW, dafa=dict(
+        objective='agreement', policy_draws=4))),
     'CRD': classify(dict(STAGE, layers=['backbone.layer4'], base=dict(preset='crd', loss=dict(neg_num=5, sample_n=8)))),
     'no base': detect(dict(NECK, base=None)),
     'KD beside': classify(logits(dict(type='KLDivergence', tau=4), STAGE)),

@@ -421,7 +421,7 @@ def test_the_estimate_averaged_over_all_draws_is_the_exact_gradient(monkeypatch)
     total = [torch.zeros_like(p) for p in dafa.parameters()]
     for (p, first), (q, second) in itertools.product(pairs, repeat=2):
         monkeypatch.setattr(dafa, 'sample', lambda draws=tuple(first + second): list(draws))
-        monkeypatch.setattr(dafa, '_next_samples', lambda batch: slice(None))
+        monkeypatch.setattr(dafa, 'next_samples', lambda batch: slice(None))
         for sum_, gradient in zip(total, step(dafa, t, s), strict=True):
             sum_ += (p * q).detach() * gradient
     for ours, exact in zip(total, expected):
