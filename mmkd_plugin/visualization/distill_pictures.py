@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..models.algorithms import TeacherStudentDistill
 from ..models.algorithms.renormalize import reverses_channels
 from ..models.area_detectors.heatmap_anchor import level_stride
-from ..models.losses import AMDLoss
-from ..models.losses.amd_loss import _Patches, _project
+from ..models.losses import AMDLoss, amd_logits
 from ..models.recording import PartialForward
 
 
@@ -101,12 +100,6 @@ def _amd_of(distiller: nn.Module, layer: str, level: int) -> AMDLoss | None:
     return None
 
 
-def _amd_maps(amd: AMDLoss, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the positive and the negative logit of steps 3 and 4 of :class:`AMDLoss`, (N, H, W), over its scale."""
-    cosine = _project(attention, _Patches(1, attention) if amd.scale_free else None)
-    return torch.cos(amd.margin * torch.acos(cosine.clamp(max=1))), 1 - cosine
-
-
 def _view(name: str, s_map: Tensor, t_map: Tensor, areas: dict[str, Tensor] | None, amd: AMDLoss | None,
           padded: tuple[int, int], image_shape: tuple[int, int]) -> MapView:
     strides = [level_stride(*lengths) for lengths in zip(padded, t_map.shape[2:])]
@@ -118,7 +111,8 @@ def _view(name: str, s_map: Tensor, t_map: Tensor, areas: dict[str, Tensor] | No
     attention = [x.float().square().mean(1) for x in (t_map, s_map)]
     view = MapView(name, tuple(strides[::-1]), *map(cut, attention))
     if amd is not None and s_map.shape[2:] == t_map.shape[2:]:
-        (t_positive, t_negative), (s_positive, s_negative) = (map(cut, _amd_maps(amd, x)) for x in attention)
+        (t_positive, t_negative), (s_positive, s_negative) = (
+            map(cut, amd_logits(x, amd.margin, 1., amd.scale_free)) for x in attention)
         view = view._replace(t_positive=t_positive, t_negative=t_negative, s_positive=s_positive,
                              s_negative=s_negative)
     if areas is None:

@@ -1,4 +1,4 @@
-from .amd_loss import AMDLoss
+from .amd_loss import AMDLoss, amd_logits, amd_loss
 from .review_kd_loss import ReviewKDLoss
 
-__all__ = ['AMDLoss', 'ReviewKDLoss']
+__all__ = ['AMDLoss', 'ReviewKDLoss', 'amd_logits', 'amd_loss']

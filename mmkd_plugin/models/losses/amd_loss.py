@@ -1,7 +1,16 @@
 """Angular margin-based distillation (AMD) loss.
 
-Letters: N samples, C channels, H x W positions, g x g patches.
+All maps of a call are computed together. The positions of all maps form one row, sorted by patch and cut into chunks
+of one length, so that each chunk lies in one patch. A sum over a map or a patch is a sum over its chunks.
+
+Letters: N samples, C channels, H x W positions of one map, g x g patches of one map, L positions of all maps,
+K chunks of T positions, R regions (maps or patches), M maps, V views of the row (global; local too if g > 1).
 """
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,8 +18,11 @@ from torch import Tensor, nn
 from ...registry import MODELS
 from ...utils import check_number
 
-# Positions of the map that the scale-free form measures its angles on: 2 x 2.
-REFERENCE_POSITIONS = 4
+EPS = 1e-6  # is added to the norm that step 2 divides by
+Q_MAX = 1 - 1e-7
+MIN_NORM = 1e-3  # of a hat
+REFERENCE_POSITIONS = 4  # of the map on which the scale-free form measures its angles: 2 x 2
+BLOCK = 2**18  # elements of a feature map that a CPU squares at once: they stay in its cache
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -20,11 +32,15 @@ class _SumOfSquares(torch.autograd.Function):
     def forward(ctx, feature: Tensor) -> Tensor:
         ctx.save_for_backward(feature)
         dtype = torch.promote_types(feature.dtype, torch.float32)
-        if feature.is_cuda:  # one fused kernel; on a CPU it is slower than the blocks below
+        if not feature.is_cpu:  # one fused kernel
             return torch.linalg.vector_norm(feature, dim=1, dtype=dtype).square_()
+        if feature.numel() <= 4 * BLOCK:
+            return feature.to(dtype).square().sum(1)
+        samples, channels = (max(1, BLOCK // part.numel()) for part in (feature[0], feature[0, 0]))
         attention = feature.new_zeros((feature.size(0), *feature.shape[2:]), dtype=dtype)
-        for block in feature.split(16, dim=1):  # a block stays in the cache, a squared feature map would not
-            attention += block.to(dtype).square().sum(1)
+        for block, result in zip(feature.split(samples), attention.split(samples)):
+            for part in block.split(channels, dim=1):
+                result += part.to(dtype).square().sum(1)
         return attention
 
     @staticmethod
@@ -34,79 +50,272 @@ class _SumOfSquares(torch.autograd.Function):
         return torch.mul(feature, (2 * grad).unsqueeze(1), out=torch.empty_like(feature))
 
 
-class _Patches:
-    """Sums over a g x g grid of patches, the last row and column taking the remainder.
+class _Regions(NamedTuple):
+    """Regions of a row of chunks. In each view of the row, each chunk lies in one of them."""
+    chunks: Tensor  # (R, most chunks of a region), indices into the V K chunks; padded with an empty chunk
+    region: Tensor  # (V, K), the region of each chunk
 
-    ``g`` is clipped to the map, so that no patch is empty.
-    """
+    def sum(self, x: Tensor, reduction: Callable[..., Tensor] = torch.sum) -> Tensor:
+        """(..., V or 1, K, T) to one number a region, (..., R)."""
+        by_chunk = reduction(x, dim=-1)
+        by_chunk = by_chunk.expand(*by_chunk.shape[:-2], *self.region.shape).flatten(-2)
+        return reduction(by_chunk[..., self.chunks], dim=-1)
 
-    def __init__(self, grid: int, like: Tensor):
-        height, width = like.shape[-2:]
-        self.rows = self._membership(grid, height, like)  # (g, H)
-        self.columns = self._membership(grid, width, like)  # (g, W)
-        self.sizes = self.sum(torch.ones_like(like[:1]))  # (1, g, g)
-
-    @staticmethod
-    def _membership(grid: int, length: int, like: Tensor) -> Tensor:
-        grid = min(grid, length)
-        patch = (torch.arange(length, device=like.device) // (length // grid)).clamp(max=grid - 1)
-        return (patch == torch.arange(grid, device=like.device).unsqueeze(1)).to(like.dtype)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """(N, H, W) to one number a patch, (N, g, g)."""
-        return self.rows @ x @ self.columns.t()
+    def norm(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(..., V or 1, K, T) to the L2 norm of each region, (..., R)."""
+        return self.sum(x, partial(torch.linalg.vector_norm, dtype=dtype))
 
     def spread(self, x: Tensor) -> Tensor:
-        """(N, g, g) to each patch's number at all its positions, (N, H, W)."""
-        return self.rows.t() @ x @ self.columns
+        """(..., R) to the number of the region that each chunk lies in, (..., V, K, 1)."""
+        return x[..., self.region].unsqueeze(-1)
 
 
-def _project(attention: Tensor, patches: _Patches | None) -> Tensor:
-    """Q, (N, H, W): the cosine of each position to the map; see :class:`AMDLoss`.
+class _Layout(NamedTuple):
+    """How the positions of all maps are laid out as chunks."""
+    source: Tensor  # (1, 1, K T), the position in (L, ) of each place in the chunks; 0 where there is none
+    inside: Tensor  # (K, T), 1 where the place has a position, else 0
+    places: Tensor  # (1, L), the place of each position
+    spheres: _Regions  # which step 2 normalises over
+    root: Tensor  # (R, ) of spheres, float64: root of the number of positions in the scale-free form, else 1
+    hats: _Regions  # which step 6 normalises over
+    weights: Tensor  # (R, ) of hats: of its squared distance in the loss of its map
+    member: Tensor  # (M, R) of hats: its weight, if it lies in the map, else 0
+    owner: Tensor  # (L, ), the map of each position
 
-    ``patches`` is None for the paper's form; otherwise the scale-free Q is
-    normalised within each patch.
+
+def _patches(height: int, width: int, grid: int) -> list[np.ndarray]:
+    """Positions of each patch, in reading order."""
+    rows, columns = (np.minimum(np.arange(length) // (length // min(grid, length)), min(grid, length) - 1)
+                     for length in (height, width))
+    patch = (rows[:, None] * grid + columns).ravel()
+    order = np.argsort(patch, kind='stable')
+    return np.split(order, np.flatnonzero(np.diff(patch[order])) + 1)
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=128)
+def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float, scale_free: bool,
+            dtype: torch.dtype, device: torch.device) -> _Layout:
+    """Returns the layout of maps of these (H, W), of which at least one has a position."""
+    patches, patch_weights, map_sizes, map_counts, indices = [], [], [], [], []
+    start = 0
+    for index, (height, width) in enumerate(shapes):
+        if height * width:
+            indices.append(index)
+            found = _patches(height, width, grid)
+            patches += [start + patch for patch in found]
+            patch_weights += [local_weight / len(found)] * len(found)
+            map_sizes.append(height * width)
+            map_counts.append(len(found))
+            start += height * width
+
+    # Reductions have two stages, within a chunk and over chunks: both are short if a chunk is a root long.
+    length = 2**int(np.clip(np.log2(max(map(len, patches))) / 2, 3, 7))
+    chunks_of_patches = [-(-len(patch) // length) for patch in patches]
+    total = sum(chunks_of_patches) + 1  # the last is empty
+    source = np.full((total, length), -1)
+    for first, patch in zip(np.cumsum([0, *chunks_of_patches]), patches):
+        source[first:].reshape(-1)[:len(patch)] = patch
+    places = np.empty(start, dtype=np.int64)
+    places[source[source >= 0]] = np.flatnonzero(source >= 0)
+    owner = np.repeat(np.arange(len(map_counts)), map_counts)  # of each patch, its map
+    chunks_of_maps = np.bincount(owner, chunks_of_patches).astype(int)
+
+    def to_device(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.as_tensor(x).to(dtype).to(device, non_blocking=True)
+
+    def regions(views: Sequence[np.ndarray]) -> _Regions:
+        """``views``: how many chunks each region has, by view."""
+        chunks, region, known = [], [], 0
+        for view, counts in enumerate(views):
+            ends = np.cumsum(counts)
+            chunks += [view * total + np.arange(end - count, end) for count, end in zip(counts, ends)]
+            region.append(np.append(known + np.repeat(np.arange(len(counts)), counts), known))
+            known += len(counts)
+        padded = np.full((len(chunks), max(map(len, chunks))), total - 1)
+        for row, each in zip(padded, chunks):
+            row[:len(each)] = each
+        return _Regions(to_device(padded), to_device(np.stack(region)))
+
+    views, sizes, weights = [chunks_of_maps], map_sizes, np.ones(len(map_sizes))
+    if grid > 1:
+        views.append(chunks_of_patches)
+        sizes = map_sizes + [len(patch) for patch in patches]
+        weights = np.append(weights - local_weight, patch_weights)
+    weights = weights if scale_free else weights / sizes
+    region_of = np.array(indices)[np.append(np.arange(len(map_sizes)), owner if grid > 1 else [])
+                                  .astype(int)]  # each region's map
+    return _Layout(
+        source=to_device(source.clip(min=0).reshape(1, 1, -1)),
+        inside=to_device(source >= 0, dtype),
+        places=to_device(places[None]),
+        spheres=regions(views if scale_free else views[:1]),
+        root=to_device(np.sqrt(sizes) if scale_free else np.ones(len(map_sizes)), torch.float64),
+        hats=regions(views),
+        weights=to_device(weights, dtype),
+        member=to_device(weights * (np.arange(len(shapes))[:, None] == region_of), dtype),
+        owner=to_device(np.repeat(indices, map_sizes)))
+
+
+def _cosine(attention: Tensor, radius: Tensor, scale_free: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Step 2: A over ``radius``, Q, and in the scale-free form their ratio."""
+    u = attention / radius
+    if not scale_free:
+        return u, u, None
+    ratio = (u.square() + (REFERENCE_POSITIONS - 1)).rsqrt_()
+    return u, u * ratio, ratio
+
+
+def _logits(q: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps 3 and 4: arccos Q, P and Neg."""
+    angle = torch.acos(q.clamp(-Q_MAX, Q_MAX))
+    return angle, torch.cos(margin * angle).mul_(scale), (1 - q).mul_(scale)
+
+
+class _AngularDistance(torch.autograd.Function):
+    """Steps 2 to 6 of :class:`AMDLoss` for all maps and patches: both networks' attention to the losses, (M, ).
+
+    The gradient is computed in the forward pass, which has all that it needs; autograd keeps (N, L) numbers.
     """
-    # Q depends on A / ||A|| only, so that A may be brought to at most 1 first: A^2 cannot overflow.
-    largest = attention.detach().amax(dim=(1, 2), keepdim=True).clamp(min=1)
-    attention, eps = attention / largest, 1e-6 / largest
-    if patches is None:
-        return attention / (torch.linalg.vector_norm(attention, dim=(1, 2), keepdim=True) + eps)
-    mean_square = patches.sum(attention.square()) / patches.sizes
-    # sqrt has an infinite slope at 0; the masked patches are all-zero maps
-    root = mean_square.where(mean_square > 0, torch.ones_like(mean_square)).sqrt() * (mean_square > 0)
-    relative = attention / (patches.spread(root) + eps)
-    return relative / (relative.square() + (REFERENCE_POSITIONS - 1)).sqrt()
+
+    @staticmethod
+    def forward(ctx, layout: _Layout, margin: float, scale: float, scale_free: bool, *attention: Tensor) -> Tensor:
+        source, inside, places, spheres, root, hats, weights, member, owner = layout
+        samples = attention[0].size(0)
+
+        row = torch.cat([x.flatten(1) for x in attention], 1).unflatten(1, (2, -1))  # (N, 2, L)
+        row = row.gather(2, source.expand(samples, 2, -1)).unflatten(2, inside.shape).mul_(inside).unsqueeze(2)
+        norm = spheres.norm(row, torch.float64)  # (N, 2, R); in float32, squares of attention may overflow
+        radius = norm / root + EPS
+        u, q, ratio = _cosine(row, spheres.spread(radius.to(row.dtype)), scale_free)  # (N, 2, V or 1, K, T)
+        angle, positive, negative = _logits(q, margin, scale)
+        gap = negative - positive
+        logits = torch.stack((-F.softplus(gap), positive, negative)).mul_(inside)  # (3, N, 2, V or 1, K, T)
+
+        logits_norm = hats.norm(logits)  # (3, N, 2, R)
+        clamped = logits_norm.clamp(min=MIN_NORM)
+        hat = logits / hats.spread(clamped)  # (3, N, 2, V, K, T)
+        difference = hat[:, :, 0] - hat[:, :, 1]
+        distance = hats.norm(difference).square_()  # (3, N, R)
+        loss = (member * distance.mean((0, 1))).sum(1)  # (M, )
+        if not any(ctx.needs_input_grad):
+            return loss
+
+        # Hats: d|x^ - y^|^2 = 2 <x^ - y^, dx> / |x|, less the part along x^ where |x| is not clamped.
+        square = (logits_norm / clamped).square_()  # of the norms of the hats; 1 where not clamped
+        along = (distance + square[:, :, 0] - square[:, :, 1]) / 2 * (square[:, :, 0] == 1)  # <x^ - y^, x^>
+        factor = weights * (2 / (3 * samples)) / clamped[:, :, 0]
+        grad = torch.addcmul(difference, hat[:, :, 0], hats.spread(along), value=-1).mul_(hats.spread(factor))
+        u, q, gap, angle = (x[:, 0] for x in (u, q, gap, angle))  # the student's, (N, V or 1, K, T)
+        g_combined, g_positive, g_negative = grad.sum_to_size(3, *q.shape)
+
+        # Logits: dNeg = -s dQ, dP = s m sin(m angle) / sin(angle) dQ, dG = sigmoid(Neg - P) (dP - dNeg).
+        g_combined = gap.sigmoid_().mul_(g_combined)
+        slope = (margin * angle).sin_().div_(angle.sin()).mul_(q <= Q_MAX)
+        grad = torch.addcmul(g_combined - g_negative, g_combined + g_positive, slope, value=margin).mul_(scale)
+        if scale_free:  # dQ = 3 (u^2 + 3)^(-3/2) du
+            grad.mul_(ratio[:, 0].pow(3)).mul_(REFERENCE_POSITIONS - 1)
+
+        # Projection: du_i = (dA_i - u_i <u, dA> radius / |A| / root^2) / radius.
+        norm, radius = norm[:, 0] * root, radius[:, 0]
+        along = spheres.sum(grad * u) * radius / norm.clamp(min=1e-300)
+        grad = torch.addcmul(grad, u, spheres.spread(along.to(grad.dtype)), value=-1)
+        grad.div_(spheres.spread(radius.to(grad.dtype)))
+        grad = grad.sum_to_size(samples, 1, *inside.shape).flatten(1).gather(1, places.expand(samples, -1))
+        ctx.save_for_backward(grad, owner)
+        ctx.shapes = [x.shape for x in attention[:len(attention) // 2]]
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        row, owner = ctx.saved_tensors
+        row = row * grad[owner]
+        maps = row.split([shape[1:].numel() for shape in ctx.shapes], 1)
+        return None, None, None, None, *(x.view(shape) for x, shape in zip(maps, ctx.shapes)), *(
+            None for _ in ctx.shapes)
 
 
-def _angular_distance(q_s: Tensor, q_t: Tensor, margin: float, scale: float, patches: _Patches,
-                      reduce_positions: str) -> Tensor:
-    """Steps 3 to 6 of :class:`AMDLoss` in every patch, averaged over patches and samples: a scalar."""
+@lru_cache(maxsize=128)
+def _pooling(length: int, pooled: int, device: torch.device) -> Tensor:
+    """The matrix (pooled, length) that averages as adaptive pooling does, float64."""
+    bin_ = np.arange(pooled)[:, None]
+    first, end = bin_ * length // max(pooled, 1), -(-(bin_ + 1) * length // max(pooled, 1))
+    inside = (np.arange(length) >= first) & (np.arange(length) < end)
+    return torch.as_tensor(inside / (end - first)).to(device, non_blocking=True)
 
-    def logits(q: Tensor) -> Tensor:
-        positive = scale * torch.cos(margin * torch.acos(q.clamp(-1 + 1e-7, 1 - 1e-7)))
-        negative = scale * (1 - q)
-        return torch.stack((-F.softplus(negative - positive), positive, negative))  # (3, N, H, W)
 
-    def hat(x: Tensor) -> Tensor:
-        square = patches.sum(x.square())
-        # 1e-3 is reached only where one position holds all of the map and Neg is rounding noise
-        norm = square.clamp(min=1e-6).sqrt()
-        return x / patches.spread(norm)
+def _pool(s_attention: Tensor, t_attention: Tensor) -> list[Tensor]:
+    """Adaptive average pooling of (N, H, W) and (N, H', W') to the smaller of each, of the student's dtype.
 
-    error = patches.sum((hat(logits(q_s)) - hat(logits(q_t))).square())  # (3, N, g, g)
-    if reduce_positions == 'mean':
-        error = error / patches.sizes
-    return error.mean()
+    Its backward pass is deterministic, where that of ``adaptive_avg_pool2d`` is not on a GPU.
+    """
+    size = [min(lengths) for lengths in zip(s_attention.shape[1:], t_attention.shape[1:])]
+    pooled = []
+    for x in (s_attention, t_attention):
+        if list(x.shape[1:]) != size:
+            rows, columns = (_pooling(*lengths, x.device) for lengths in zip(x.shape[1:], size))
+            x = rows @ x.double() @ columns.t()
+        pooled.append(x.to(s_attention.dtype))
+    return pooled
+
+
+def amd_logits(attention: Tensor, margin: float = 1.35, scale: float = 64.0,
+               scale_free: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns P and Neg of :class:`AMDLoss`, steps 2 to 4, of whole attention maps (N, H, W)."""
+    norm = torch.linalg.vector_norm(attention, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    root = (attention.size(1) * attention.size(2))**0.5 if scale_free else 1
+    _, q, _ = _cosine(attention, (norm / root + EPS).to(attention.dtype), scale_free)
+    return _logits(q, margin, scale)[1:]
+
+
+def amd_loss(s_features: Tensor | Sequence[Tensor],
+             t_features: Tensor | Sequence[Tensor],
+             margin: float = 1.35,
+             scale: float = 64.0,
+             local_grid: int = 1,
+             local_weight: float = 0.2,
+             scale_free: bool = False,
+             reduction: str = 'sum') -> Tensor:
+    """Computes the AMD losses of pairs of feature maps; see :class:`AMDLoss` for equations and ranges.
+
+    Args:
+        s_features: student feature (N, C_S, H, W), any float dtype, or a sequence of them.
+        t_features: teacher feature (N, C_T, H', W'), or as many of them; they receive no gradient.
+        reduction: 'sum' over the M pairs, or 'none'.
+
+    Returns:
+        A float32 scalar, or (M, ) numbers (float64 for float64 features); zero for an empty batch.
+
+    Raises:
+        ValueError: the features are not 4-d, not in pairs, or of different batch sizes.
+    """
+    s_maps, t_maps = ([x] if isinstance(x, Tensor) else list(x) for x in (s_features, t_features))
+    shapes = [[tuple(x.shape) for x in maps] for maps in (s_maps, t_maps)]
+    if not (s_maps and len(s_maps) == len(t_maps) and all(len(shape) == 4 for shape in sum(shapes, []))
+            and len({shape[0] for shape in sum(shapes, [])}) == 1):
+        raise ValueError('amd_loss: the features do not match, got s_features of shape '
+                         f'{shapes[0]} and t_features of shape {shapes[1]}, expected (N, C_S, H, W) and '
+                         "(N, C_T, H', W') in pairs with one N for all")
+    # Autocast needs no guard: of what follows, it would lower only products of matrices, and not if they are float64.
+    s_attention, t_attention = zip(*(_pool(_SumOfSquares.apply(s), _SumOfSquares.apply(t.detach()))
+                                     for s, t in zip(s_maps, t_maps)))
+    if not sum(x.numel() for x in s_attention):
+        zeros = torch.stack([x.sum() for x in s_attention])
+        return zeros.sum() if reduction == 'sum' else zeros
+    layout = _layout(tuple(tuple(x.shape[1:]) for x in s_attention), local_grid, local_weight, scale_free,
+                     s_attention[0].dtype, s_attention[0].device)
+    losses = _AngularDistance.apply(layout, margin, scale, scale_free, *s_attention, *t_attention)
+    return losses.sum() if reduction == 'sum' else losses
 
 
 @MODELS.register_module()
 class AMDLoss(nn.Module):
-    r"""Angular margin-based distillation of one feature map.
+    r"""Angular margin-based distillation (AMD) of feature maps.
 
     Source: Jeon, Choi, Shukla, Turaga, *Leveraging Angular Distributions for
     Improved Knowledge Distillation*, Neurocomputing 518 (2023) 466-481,
-    arXiv 2302.14130. With ``F`` the feature of student or teacher:
+    arXiv 2302.14130. With ``F`` a feature map of student or teacher:
 
     1. attention map :math:`A = \sum_c F_c^2`, (N, H, W);
     2. projection on the hypersphere :math:`Q = A / (\|A\|_2 + 10^{-6})`, in
@@ -116,65 +325,59 @@ class AMDLoss(nn.Module):
     4. negative (background) logit :math:`Neg = s (1 - Q)`;
     5. :math:`G = P - \log(e^P + e^{Neg})`, elementwise;
     6. :math:`L = \frac{1}{3} [mse(\hat G_S, \hat G_T) + mse(\hat P_S, \hat P_T)
-       + mse(\hat{Neg}_S, \hat{Neg}_T)]`, a hat being the L2-normalisation over
-       the positions of a sample, mse the mean over N and positions. A hat
-       divides by 1e-3 at least, where the paper has no bound: only maps with all
-       energy in one position reach it, and their gradient would overflow.
+       + mse(\hat{Neg}_S, \hat{Neg}_T)]`. A hat is the L2-normalisation over
+       the positions of a sample, mse the mean over N and positions.
 
     With ``local_grid=g > 1`` the loss is ``(1 - local_weight)`` times the above
     plus ``local_weight`` times the mean of steps 3 to 6 over g x g patches of
-    the globally normalised Q, hats within the patch. Patches are
-    ``int(H / g) x int(W / g)``, the last ones take the remainder, and g is
-    clipped to the map. The paper has g = 2 and ``local_weight`` 0.2.
+    Q, with hats within the patch. Patches are ``int(H / g) x int(W / g)``, the
+    last ones take the remainder, and g is clipped to the map. The paper has
+    g = 2 and ``local_weight`` 0.2. The loss of several maps is the sum of
+    their losses.
 
-    **Scale-free form** (``scale_free=True``; ours, for dense prediction). The
-    paper's form dies on large maps, for three reasons: (a) :math:`Q \sim
-    1/\sqrt{HW}`, so every angle tends to 90 degrees, where P and Neg are a
-    constant plus a deviation that vanishes; (b) a hat divides by a norm that
-    grows as :math:`\sqrt{HW}`, and (c) the mean over positions divides its
-    square by HW again. The cosine of step 2 compares one position with all:
+    Deviations from the paper:
 
-    .. math:: Q_i = A_i / \sqrt{A_i^2 + \textstyle\sum_{j \ne i} A_j^2}.
+    - A hat divides by at least 1e-3; the paper has no bound. Only maps with
+      all energy in one position reach it, and their gradient would overflow.
+    - If student and teacher differ in H or W, the larger attention map is
+      average-pooled to the smaller height and width before step 2. Channels
+      may differ: AMD needs no connector.
+    - ``scale_free=True``, for dense prediction, has the same scale at every
+      resolution, where the paper's form vanishes on large maps. With
+      :math:`\overline{A^2}` the mean of :math:`A^2` over the map, or over the
+      patch in the local part, step 2 is
 
-    Only the sum depends on the resolution. The scale-free form puts the sum that
-    a map of K positions with the same mean square would have in its place:
+      .. math:: u = A / (\sqrt{\overline{A^2}} + 10^{-6}), \quad
+                Q = u / \sqrt{u^2 + 3},
 
-    .. math:: Q_i = A_i / \sqrt{A_i^2 + (K - 1)\,\overline{A^2}}
-              = u_i / \sqrt{u_i^2 + K - 1}, \quad
-              u_i = A_i / (\sqrt{\overline{A^2}} + 10^{-6}).
+      and step 6 sums over positions instead of averaging. Values of one map
+      lie in [0, 4]. docs/amd.md derives this form.
 
-    On a uniform map every angle is then :math:`\arccos(1/\sqrt K)`, at any
-    resolution; here K = 4, the 2 x 2 map, 60 degrees, where :math:`\cos(m
-    \theta)` is far from linear and the margin acts (on ReLU of Gaussian noise
-    the cosine between the gradients for m = 1.35 and m = 1 is 0.64 at 8 x 8
-    and 0.67 at 100 x 168; see docs/amd.md). That settles (a). For (b) and (c) step 6 sums over positions
-    instead of averaging: :math:`\|\hat x_S - \hat x_T\|^2 = 2 - 2\cos(x_S, x_T)`
-    has no HW left, whether the map is small or large. As u is strictly
-    increasing in A and hats of Neg fix Q up to a factor that P and its margin
-    fix, the loss is zero exactly where :math:`u_S = u_T`. Values lie in [0, 4];
-    patches normalise u within themselves.
-
-    Cost: each feature map is read once forward; backward reads the student's
-    once and writes its gradient once. Autograd keeps the student feature, which
-    the network keeps anyway, and tensors of size (N, H, W). The sum of squares
-    works in blocks of 16 channels on a CPU and in one kernel on a GPU, never
-    squaring a whole feature map. Maps are computed in float32 (float64 if the
-    feature is), also under autocast.
-
-    If student and teacher differ in H or W, the larger attention map is
-    average-pooled to the smaller height and width before step 2. Channels may
-    differ freely: AMD needs no connector.
+    Maps are computed in float32 (float64 if the feature is), also under
+    autocast. Autograd keeps the student's feature maps, which the network
+    keeps anyway, and one number per sample and position.
 
     Args:
         margin: m, in (0, 2]. Paper: 1.35.
         scale: s > 0. Paper: 64.
         local_grid: g >= 1; 1 is the global loss alone.
-        local_weight: share of the local loss where g > 1, in [0, 1].
+        local_weight: share of the local loss if g > 1, in [0, 1].
         scale_free: whether to use the form for dense prediction.
         loss_weight: factor of the result, >= 0.
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from mmkd_plugin.models.losses import AMDLoss
+        >>> loss = AMDLoss(scale_free=True, local_grid=2)
+        >>> student = [torch.rand(2, 64, size, size, requires_grad=True) for size in (32, 16)]
+        >>> teacher = [torch.rand(2, 256, size, size) for size in (32, 16)]
+        >>> value = loss(student, teacher)
+        >>> value.backward()
+        >>> value.shape, student[0].grad.shape
+        (torch.Size([]), torch.Size([2, 64, 32, 32]))
     """
 
     def __init__(self,
@@ -198,42 +401,11 @@ class AMDLoss(nn.Module):
         return ', '.join(f'{name}={getattr(self, name)}' for name in (
             'margin', 'scale', 'local_grid', 'local_weight', 'scale_free', 'loss_weight'))
 
-    def forward(self, s_feature: Tensor, t_feature: Tensor) -> Tensor:
-        """Computes the loss.
+    def forward(self, s_feature: Tensor | Sequence[Tensor], t_feature: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns ``loss_weight`` times :func:`amd_loss` of one pair of feature maps, or of a sequence each."""
+        return self.per_map(s_feature, t_feature).sum()
 
-        Args:
-            s_feature: student feature (N, C_S, H, W), any float dtype.
-            t_feature: teacher feature (N, C_T, H', W'); receives no gradient.
-
-        Returns:
-            A float32 scalar (float64 for float64 features), times
-            ``loss_weight``; zero for an empty batch.
-
-        Raises:
-            ValueError: the features are not 4-d, or of different batch sizes.
-        """
-        if s_feature.dim() != 4 or t_feature.dim() != 4 or s_feature.size(0) != t_feature.size(0):
-            raise ValueError('AMDLoss expects s_feature (N, C_S, H, W) and t_feature (N, C_T, H\', W\'), got '
-                             f'{tuple(s_feature.shape)} and {tuple(t_feature.shape)}')
-        with torch.autocast(s_feature.device.type, enabled=False):
-            a_s = _SumOfSquares.apply(s_feature)
-            a_t = _SumOfSquares.apply(t_feature.detach()).to(a_s.dtype)
-            if a_s.numel() == 0:
-                return a_s.sum()
-            if a_s.shape != a_t.shape:
-                size = [min(s, t) for s, t in zip(a_s.shape[1:], a_t.shape[1:])]
-                a_s, a_t = F.adaptive_avg_pool2d(a_s, size), F.adaptive_avg_pool2d(a_t, size)
-            loss = self._distance(a_s, a_t, grid=1)
-            if self.local_grid > 1:
-                loss = torch.lerp(loss, self._distance(a_s, a_t, self.local_grid),
-                                  loss.new_tensor(self.local_weight))
-            return self.loss_weight * loss
-
-    def per_map(self, s_feature, t_feature):
-        return torch.stack([self(s, t) for s, t in zip(s_feature, t_feature)])
-
-    def _distance(self, a_s: Tensor, a_t: Tensor, grid: int) -> Tensor:
-        patches = _Patches(grid, a_s)
-        q_s, q_t = (_project(a, patches if self.scale_free else None) for a in (a_s, a_t))
-        return _angular_distance(q_s, q_t, self.margin, self.scale, patches,
-                                 'sum' if self.scale_free else 'mean')
+    def per_map(self, s_feature: Tensor | Sequence[Tensor], t_feature: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns the same for each of the M pairs, (M, )."""
+        return self.loss_weight * amd_loss(s_feature, t_feature, self.margin, self.scale, self.local_grid,
+                                           self.local_weight, self.scale_free, 'none')

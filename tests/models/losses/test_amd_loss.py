@@ -1,11 +1,13 @@
+import doctest
 import math
 
 import numpy as np
 import pytest
 import torch
+from operations import count_operations, devices_of
 from torch.nn.functional import cosine_similarity
 
-from mmkd_plugin.models.losses import AMDLoss
+from mmkd_plugin.models.losses import AMDLoss, amd_logits, amd_loss
 
 # Inputs are features(shape, k), student k = 0.7, teacher k = 1.1. Columns: the value of the global loss in float64
 # and the norm of its gradient; what the authors' released code (jeunsom/AMD_loss, commit 7169f62) gives in float32;
@@ -21,6 +23,8 @@ REFERENCE = [
      7.378117211003287e-07, 4.4321143762349135e-06),
 ]
 SIZES = [(8, 8), (16, 16), (56, 56), (100, 168)]
+PYRAMID = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]  # of a RetinaNet
+FORMS = [dict(), dict(local_grid=2), dict(scale_free=True), dict(scale_free=True, local_grid=3, local_weight=0.4)]
 
 
 def features(shape, k, dtype=torch.float64):
@@ -110,11 +114,44 @@ def test_float32_agrees_with_float64_on_large_maps(size, scale_free):
     assert (gradient_32 - gradient).norm() < 1e-4 * gradient.norm()
 
 
+@pytest.mark.parametrize('scale', [64., 1e-4], ids=['', 'norms below the bound of hats'])
+@pytest.mark.parametrize('options', FORMS, ids=str)
+def test_gradient_is_the_derivative(options, scale):
+    students = [features((2, 3, *size), 0.7) + 0.1 for size in ((5, 4), (3, 3))]
+    teachers = [features((2, 4, *size), 1.1) for size in ((5, 4), (2, 6))]
+    loss = AMDLoss(scale=scale, **options)
+    assert torch.autograd.gradcheck(lambda *x: loss(x, teachers), [x.requires_grad_() for x in students],
+                                    atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize('options', FORMS, ids=str)
+def test_the_loss_of_several_maps_is_the_sum_of_their_losses(options):
+    shapes = [((2, 3, 13, 9), (2, 5, 13, 9)), ((2, 4, 6, 8), (2, 4, 4, 9)), ((2, 2, 1, 1), (2, 2, 1, 1)),
+              ((2, 3, 1, 7), (2, 3, 2, 7)), ((2, 3, 0, 5), (2, 3, 0, 5))]
+    students, teachers = zip(*((features(s, 0.7).requires_grad_(), features(t, 1.1)) for s, t in shapes))
+    loss = AMDLoss(**options)
+    together = loss(students, list(teachers))
+    apart = sum(map(loss, students, teachers))
+    assert together.shape == () and together.item() == pytest.approx(apart.item(), rel=1e-12)
+    for got, expected in zip(torch.autograd.grad(together, students), torch.autograd.grad(apart, students)):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-15)
+
+
+def test_the_function_is_the_module_without_its_weight():
+    student, teacher = features((2, 3, 13, 9), 0.7), features((2, 5, 13, 9), 1.1)
+    options = dict(margin=1.2, scale=32., local_grid=3, local_weight=0.3, scale_free=True)
+    assert torch.equal(AMDLoss(**options, loss_weight=2.)(student, teacher), 2 * amd_loss(student, teacher, **options))
+
+
 @pytest.mark.parametrize('scale_free', [False, True])
-def test_gradient_is_the_derivative(scale_free):
-    student, teacher = features((2, 3, 5, 4), 0.7) + 0.1, features((2, 4, 5, 4), 1.1)
-    loss = AMDLoss(scale_free=scale_free, local_grid=2)
-    assert torch.autograd.gradcheck(lambda x: loss(x, teacher), student.requires_grad_(), atol=1e-8, rtol=1e-5)
+def test_logits_are_those_of_the_equations(scale_free):
+    attention = features((2, 13, 9), 0.7)
+    norm = attention.flatten(1).norm(dim=1)[:, None, None]
+    u = attention / (norm / 117**0.5 + 1e-6)
+    q = u / (u**2 + 3).sqrt() if scale_free else attention / (norm + 1e-6)
+    positive, negative = amd_logits(attention, margin=1.2, scale=2., scale_free=scale_free)
+    torch.testing.assert_close(positive, 2 * torch.cos(1.2 * torch.acos(q)))
+    torch.testing.assert_close(negative, 2 - 2 * q)
 
 
 def test_scale_free_does_not_depend_on_the_resolution():
@@ -194,12 +231,28 @@ def test_finite_on_odd_maps(kind, options, dtype):
         assert (gradient.float().norm() * student.float().norm()) < 1e3
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('options', FORMS, ids=str)
+def test_finite_on_all_odd_maps_at_once(options, dtype):
+    students = [x.to(dtype).requires_grad_() for kind, x in odd_maps().items() if kind != 'empty batch'
+                and x.to(dtype).isfinite().all()]
+    teachers = [torch.rand_like(x) for x in students]
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        value = AMDLoss(**options)(students, teachers)
+    assert value.dtype == torch.float32 and value.isfinite()
+    for student, gradient in zip(students, torch.autograd.grad(value, students)):
+        assert gradient.dtype == dtype and gradient.isfinite().all()
+        assert (gradient.float().norm() * student.float().norm()) < 1e3
+
+
 def test_float32_under_autocast():
-    student, teacher = noise((14, 14), torch.bfloat16)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        value = AMDLoss(scale_free=True)(student, teacher)
-    assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(AMDLoss(scale_free=True)(student.double(), teacher.double()).item(), rel=1e-5)
+    (student, teacher), (_, smaller) = noise((14, 14), torch.bfloat16), noise((9, 11), torch.bfloat16)
+    loss = AMDLoss(scale_free=True)
+    for other in (teacher, smaller):  # which is pooled to
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            value = loss(student, other)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(loss(student.double(), other.double()).item(), rel=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -213,10 +266,62 @@ def test_gpu_agrees_with_cpu(dtype):
     assert (gradient_gpu.cpu() - gradient).norm() < 1e-2 * gradient.norm()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_step_on_a_gpu_is_deterministic_and_waits_for_nothing():
+    students, teachers = zip(*([x.cuda() for x in noise(size, torch.float32)] for size in PYRAMID))
+    students = [x.requires_grad_() for x in students]
+    loss = AMDLoss(scale_free=True, local_grid=2)
+    gradients = [torch.autograd.grad(loss(students, teachers), students)]
+    torch.use_deterministic_algorithms(True)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        gradients.append(torch.autograd.grad(loss(students, teachers), students))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(*each) for each in zip(*gradients))
+
+
+@pytest.mark.parametrize('options', FORMS, ids=str)
+def test_stays_on_the_device_of_the_features(options):
+    students, teachers = ([torch.rand(2, 4, *size, device='meta', requires_grad=side == 0)
+                           for size in ((7, 5), (4 + side, 3))] for side in range(2))
+    loss = AMDLoss(**options)
+    loss(students, teachers)  # the first call makes indices on the CPU
+    assert devices_of(lambda: loss(students, teachers).backward()) == {'meta'}
+    assert students[1].grad.shape == (2, 4, 4, 3)
+    empty = [x[:0] for x in students], [x[:0] for x in teachers]
+    assert devices_of(lambda: loss(*empty).backward()) == {'meta'}
+
+
+@pytest.mark.parametrize('maps, most', [(5, 150), (1, 110)])
+def test_a_step_takes_few_operations(maps, most):
+    students, teachers = zip(*(noise(size, torch.float32, channels=8) for size in PYRAMID[-maps:]))
+    students = [x.requires_grad_() for x in students]
+    loss = AMDLoss(scale_free=True, local_grid=2)
+    loss(students, teachers)
+    counts = count_operations(lambda: loss(students, teachers).backward())
+    assert counts['acos'] == 1  # the count sees what is inside
+    assert counts.total() <= most
+
+
+@pytest.mark.parametrize('shape', [(7, 3, 4, 5), (2, 9, 8, 8), (1, 40, 3, 3)])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_blocks_of_a_large_map_give_what_the_whole_gives(monkeypatch, shape, dtype):
+    student, teacher = features(shape, 0.7, dtype), features(shape, 1.1, dtype)
+    whole = value_and_gradient(AMDLoss(), student, teacher)
+    monkeypatch.setitem(AMDLoss.forward.__globals__, 'BLOCK', 64)
+    blocks = []
+    operations = count_operations(lambda: blocks.extend(value_and_gradient(AMDLoss(), student, teacher)))
+    assert operations['add_'] >= 10  # the blocks of both networks
+    for got, expected in zip(blocks, whole):
+        torch.testing.assert_close(got, expected, rtol=1e-6 if dtype == torch.float64 else 1e-2, atol=0)
+
+
 def test_the_larger_attention_map_is_pooled_to_the_smaller():
-    student, teacher = features((2, 3, 4, 6), 0.7), features((2, 5, 8, 3), 1.1)
-    energy_s = torch.nn.functional.adaptive_avg_pool2d(student.square().sum(1, keepdim=True), (4, 3)).sqrt()
-    energy_t = torch.nn.functional.adaptive_avg_pool2d(teacher.square().sum(1, keepdim=True), (4, 3)).sqrt()
+    student, teacher = features((2, 3, 5, 7), 0.7), features((2, 5, 8, 3), 1.1)
+    energy_s = torch.nn.functional.adaptive_avg_pool2d(student.square().sum(1, keepdim=True), (5, 3)).sqrt()
+    energy_t = torch.nn.functional.adaptive_avg_pool2d(teacher.square().sum(1, keepdim=True), (5, 3)).sqrt()
     assert AMDLoss()(student, teacher).item() == pytest.approx(AMDLoss()(energy_s, energy_t).item(), rel=1e-9)
 
 
@@ -259,7 +364,16 @@ def test_nonsense_is_refused_by_name(options):
         AMDLoss(**options)
 
 
+def test_the_example_of_the_docstring_runs():
+    example, = doctest.DocTestFinder().find(AMDLoss, 'AMDLoss', globs={})[:1]
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+
 def test_features_of_the_wrong_form_are_refused():
+    one = torch.rand(2, 8, 4, 4)
+    for students, teachers in (([one, one], [one]), ([], []), ([one, one], [one, one[:1]])):
+        with pytest.raises(ValueError, match='s_features.*t_features'):
+            AMDLoss()(students, teachers)
     with pytest.raises(ValueError, match=r'\(2, 8\)'):
         AMDLoss()(torch.rand(2, 8), torch.rand(2, 8, 1, 1))
     with pytest.raises(ValueError, match=r'\(3, 8, 1, 1\)'):
