@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmengine.dist import broadcast
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -140,7 +141,6 @@ class DAFA(BaseModule):
         self.beta = nn.Parameter(torch.full(shape, _logit('dafa.beta_init', beta_init)))
         self.magnitude = nn.Parameter(torch.full(shape, _logit('dafa.magnitude_init', magnitude_init)))
         # Tensors, because checkpoints keep nothing else; mirrored on the host, where they are read.
-        # DistributedDataParallel gives all ranks the seed of the first.
         self.register_buffer('seed', torch.tensor(torch.initial_seed() % 2**63 if seed is None else seed))
         self.register_buffer('num_draws', torch.tensor(0))  # of the student
         self.register_buffer('num_searches', torch.tensor(0))  # calls of `sample`
@@ -176,12 +176,14 @@ class DAFA(BaseModule):
             self._host[buffer] = int(getattr(self, buffer))
         return self._host[buffer]
 
-    def _count(self, buffer: str) -> int:
-        """Returns how often this was called before."""
+    def _random(self, buffer: str) -> random.Random:
+        """Returns the generator of the next draw that ``buffer`` counts."""
+        if 'seed' not in self._host:
+            broadcast(self.seed)  # all ranks draw as the first does
         count = self._read(buffer)
         self._host[buffer] = count + 1
         getattr(self, buffer).add_(1)
-        return count
+        return random.Random(f'{self._read("seed")} {buffer} {count}')
 
     def _enter(self, phase: int) -> None:
         self.phase.fill_(phase)
@@ -270,7 +272,7 @@ class DAFA(BaseModule):
 
     def draw(self) -> Draw:
         """Returns the student's next draw."""
-        rng = random.Random(f'{self._read("seed")} {self._count("num_draws")}')
+        rng = self._random('num_draws')
         return self._draw(rng, self.policy(), Chance.draw(rng))
 
     def sample(self, count: int | None = None) -> list[Draw]:
@@ -279,7 +281,7 @@ class DAFA(BaseModule):
         The two follow each other. A draw whose ``row`` is empty is the identity. What is random about the
         operations is the same for all.
         """
-        rng, policy = random.Random(f'{self._read("seed")} policy {self._count("num_searches")}'), self.policy()
+        rng, policy = self._random('num_searches'), self.policy()
         chance, draws = Chance.draw(rng), []
         for _ in range(self.policy_draws if count is None else count):
             draw = self._draw(rng, policy, chance)

@@ -116,7 +116,7 @@ def test_only_the_drawn_operations_run_in_order_and_at_their_values():
                for k, name in enumerate(dafa.sub_policies[draw.index]) if draw.applied[k]]
         torch.testing.assert_close(refined, apply_operations([x], [row], draw.chance)[0][0])
         seen.add((draw.index, draw.applied))
-    assert len({index for index, _ in seen}) == 3 and len({applied for _, applied in seen}) > 2
+    assert len(seen) > 4
 
 
 def test_where_nothing_is_applied_the_very_tensors_come_back():
