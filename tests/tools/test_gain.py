@@ -85,6 +85,20 @@ def test_every_experiment_is_another_config(tool):
         assert len(set(prints.values())) == len(prints) == len(experiments), prints
 
 
+@pytest.mark.parametrize('name', ['bccd', 'bccd_mobilenet', 'cifar10'])
+def test_every_experiment_builds(tool, data, name, tmp_path):
+    benchmark, task = tool('gain'), tool('gain_tasks').TASKS[name]
+    teacher = Config.fromfile(ROOT / f'{task.folder}/{task.teacher}.py')
+    with DefaultScope.overwrite_default_scope(teacher.default_scope):
+        torch.save(MODELS.build(teacher.model).state_dict(), tmp_path / 'teacher.pth')
+        for run in benchmark.reported_runs(task, [], [one for one in task.experiments if one != 'student']):
+            if run.seed == 1:
+                cfg = Config(benchmark._with_data(run.config.to_dict(), data), format_python_code=False)
+                cfg.model.teacher_ckpt = str(tmp_path / 'teacher.pth')
+                model = MODELS.build(cfg.model)
+                assert (len(model.distiller.loss_names) > 0) == (run.experiment != 'inherited')
+
+
 def test_budgets_are_equal_and_claims_few(tool):
     tasks = tool('gain_tasks')
     for task in tasks.TASKS.values():
@@ -176,7 +190,7 @@ def miniature(tool, data, monkeypatch, tmp_path):
     configs = tmp_path / 'configs'
     configs.mkdir()
     original = tasks.TASKS['bccd']
-    for name in (original.teacher, 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c16_bccd-60'):
+    for name in (original.teacher, 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c32_retinanet_r18-c16_bccd-60'):
         cfg = small(Config.fromfile(ROOT / f'{original.folder}/{name}.py'))
         if 'teacher' in cfg.model:
             cfg.model.teacher.cfg_path = str(configs / f'{original.teacher}.py')

@@ -93,7 +93,7 @@ def one(*weights: float) -> tuple[Weights, ...]:
 
 def bccd() -> Task:
     """Detection: boxes much smaller than the map, few labels."""
-    student, config, neck, epochs = 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c16_bccd-60', ['neck'], 60
+    student, config, neck, epochs = 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c32_retinanet_r18-c16_bccd-60', ['neck'], 60
     dam = (0.3, 0.1)  # weights to try beside two of a base
     adapter = dict(preset='fitnet', connector=dict(
         type='mmkd_plugin.ConvAdapter', in_channels='s_channels', out_channels='t_channels', signed=True))
@@ -148,7 +148,7 @@ def bccd() -> Task:
 
 def bccd_mobilenet() -> Task:
     """The same teacher and labels with a student of another architecture, from ImageNet weights."""
-    config, neck = 'inherit_retinanet_mobilenetv2_bccd-60', ['neck']
+    config, neck = 'inherit_retinanet_r18-c32_retinanet_mobilenetv2_bccd-60', ['neck']
 
     def by(label: str, options: Callable[..., dict], weights: tuple[Weights, ...], base: str = 'student') -> Experiment:
         return Experiment(label, config, base, options=options, weights=weights)
@@ -166,7 +166,7 @@ def bccd_mobilenet() -> Task:
 
 def cifar10() -> Task:
     """Classification by a student with a ninth of the teacher's labels."""
-    student, config = 'resnet8_cifar10-5000', 'distill_resnet8_cifar10-5000'
+    student, config = 'resnet8_cifar10-5000', 'distill_resnet20_resnet8_cifar10-5000'
     stages, stage = [f'backbone.layer{i}' for i in (1, 2, 3)], ['backbone.layer2']
 
     def by(label: str, options: Callable[..., dict], weights: tuple[Weights, ...], base: str = 'student') -> Experiment:
