@@ -93,7 +93,8 @@ def one(*weights: float) -> tuple[Weights, ...]:
 
 def bccd() -> Task:
     """Detection: boxes much smaller than the map, few labels."""
-    student, config, neck, epochs = 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c32_retinanet_r18-c16_bccd-60', ['neck'], 60
+    student, config = 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c32_retinanet_r18-c16_bccd-60'
+    neck, epochs = ['neck'], 60
     dam = (0.3, 0.1)  # weights to try beside two of a base
     adapter = dict(preset='fitnet', connector=dict(
         type='mmkd_plugin.ConvAdapter', in_channels='s_channels', out_channels='t_channels', signed=True))
