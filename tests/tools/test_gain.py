@@ -328,7 +328,7 @@ def test_the_reports_arithmetic(tool):
 
 def test_the_permutation_test(tool):
     """Of the 16 sums of 1, 2, 3 and 2 with any signs 2 are 8 or -8, and 8 are 4 or more, or -4 or less."""
-    test = tool('report_gain').sign_test
+    test = tool('report_gain').permutation_test
     assert test({1: 1.0, 2: 2.0, 3: 3.0, 4: 2.0, 9: 5.0}, dict.fromkeys((1, 2, 3, 4), 0.0)) == 2 / 16
     assert test({1: 1.0, 2: 2.0, 3: 3.0, 4: -2.0}, dict.fromkeys((1, 2, 3, 4), 0.0)) == 8 / 16
     assert test(dict.fromkeys(range(10), 1.0), dict.fromkeys(range(10), 0.5)) == 2 / 1024

@@ -111,7 +111,7 @@ def bccd() -> Task:
         student=Experiment('student alone', student, seeds=CLAIM),
         inherited=Experiment('inherited start', config, 'student'),
         fitnet=by('FitNet', feature(neck, 'fitnet'), one(2.0, 0.7, 6.0, 20.0)),
-        at=by('AT', feature(neck, 'at'), one(30.0, 10.0, 100.0, 300.0), seeds=CLAIM),
+        at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0), seeds=CLAIM),
         pkd=by('PKD', feature(neck, 'pkd'), one(30.0, 10.0, 60.0, 120.0), seeds=CLAIM),
         cwd=by('CWD', feature(neck, 'cwd'), one(10.0, 3.0, 30.0, 100.0)),
         mgd=by('MGD', feature(neck, 'mgd'), one(3e-4, 1e-4, 1e-3, 3e-3), seeds=CLAIM),
@@ -130,7 +130,7 @@ def bccd() -> Task:
         sokd_mgd=by('SoKD on MGD', on('mgd'), grid((3e-4, 1e-3), dam), 'mgd', seeds=CLAIM),
         sokd_fitnet=by('SoKD on FitNet', on('fitnet'), grid((2.0, 6.0), dam), 'fitnet'),
         sokd_reviewkd=by('SoKD on ReviewKD', on('reviewkd'), grid((10.0, 30.0), dam), 'reviewkd'),
-        sokd_at=by('SoKD on AT', on('at'), grid((30.0, 100.0), dam), 'at'),
+        sokd_at=by('SoKD on AT', on('at'), grid((100.0, 300.0), dam), 'at'),
         at_fitnet=by('AT + FitNet', feature(neck, 'at', 'fitnet'), base='sokd_at', weights_of='sokd_at'),
         pkd_adapter=by('PKD + a second adapter', feature(neck, 'pkd', adapter), base='sokd_pkd',
                        weights_of='sokd_pkd'),
@@ -160,7 +160,7 @@ def bccd_mobilenet() -> Task:
             student=Experiment('student alone', 'retinanet_mobilenetv2_bccd-60'),
             inherited=Experiment('inherited start', config, 'student'),
             pkd=by('PKD', feature(neck, 'pkd'), one(30.0, 10.0, 60.0, 120.0)),
-            at=by('AT', feature(neck, 'at'), one(30.0, 10.0, 100.0, 300.0)),
+            at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0)),
             amd=by('AMD, scale-free, global + local', feature(neck, 'amd-scale-free'), one(1.0, 0.3, 3.0, 10.0), 'at'),
             sokd_pkd=by('SoKD on PKD', sokd(neck, 'pkd', 'boxes', 15, {}), grid((30.0, 60.0), (0.3, 0.1)), 'pkd')))
 

@@ -113,7 +113,7 @@ def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, flo
     return statistics.fmean(differences), half, sum(d > 0 for d in differences), n
 
 
-def sign_test(above: dict[int, float], below: dict[int, float]) -> float:
+def permutation_test(above: dict[int, float], below: dict[int, float]) -> float:
     """Returns the p-value of Fisher's paired permutation test of the mean difference within seeds, two-sided and exact.
 
     If both were alike, each difference could as well have the other sign: p is the share of all signs that make the
@@ -159,7 +159,7 @@ def table(task: Task, found: Found, tuning: list[dict]) -> str:
             compared = [
                 f'{against[0]:+.2f} ± {against[1]:.2f} to {task.experiments[base].label}',
                 _interval(over_images(resampled(task, found, name), resampled(task, found, base)), '+.2f'),
-                f'{against[2]} of {against[3]}', f'{sign_test(given, values(task, found, base)):.3f}']
+                f'{against[2]} of {against[3]}', f'{permutation_test(given, values(task, found, base)):.3f}']
         share = closed(given, alone, teacher) if name != 'student' else None
         weights = ', '.join(f'{weight:g}' for weight in next(iter(found[name].values()))['weights'])
         if weights and not is_tuned(task, name, tuning):
@@ -195,7 +195,7 @@ def summary(task: Task, found: Found) -> str:
             sentences.append(
                 f'{task.experiments[name].label} differs from {task.experiments[base].label} by {against[0]:+.2f} ± '
                 f'{against[1]:.2f} points (better in {against[2]} of {against[3]} seeds, p = '
-                f'{sign_test(given, other):.3f}; over images {low:+.2f} to {high:+.2f}).')
+                f'{permutation_test(given, other):.3f}; over images {low:+.2f} to {high:+.2f}).')
     return ' '.join(sentences)
 
 
