@@ -116,7 +116,6 @@ def bccd() -> Task:
         cwd=by('CWD', feature(neck, 'cwd'), one(10.0, 3.0, 30.0, 100.0)),
         mgd=by('MGD', feature(neck, 'mgd'), one(3e-4, 1e-4, 1e-3, 3e-3), seeds=CLAIM),
         reviewkd=by('ReviewKD', feature(neck, 'reviewkd'), one(10.0, 3.0, 30.0, 100.0)),
-        crosskd=by('CrossKD', feature(neck, 'crosskd'), one(1.0, 0.3, 3.0, 10.0)),
         amd_paper=by('AMD, paper form', feature(neck, 'amd'), one(10.0, 1.0, 100.0, 1000.0), 'at'),
         amd_global=by('AMD, scale-free', feature(neck, dict(
             preset='amd-scale-free', loss=dict(local_grid=1))), base='at', weights_of='amd'),
@@ -135,6 +134,8 @@ def bccd() -> Task:
         pkd_adapter=by('PKD + a second adapter', feature(neck, 'pkd', adapter), base='sokd_pkd',
                        weights_of='sokd_pkd'),
         no_dafa=by('SoKD on PKD, without DAFA', on('pkd', dafa=None), base='sokd_pkd', weights_of='sokd_pkd'),
+        map_areas=by('SoKD on PKD, areas over the map', on('pkd', area_reduction='map'),
+                     grid((30.0, 60.0), (1.5, 0.5)), 'pkd'),
         no_areas=by('SoKD on PKD, without areas', on('pkd', areas=False), base='sokd_pkd', weights_of='sokd_pkd'),
         dafa_similarity=by('PKD + DAFA by similarity', on('pkd'), base='pkd', weights_of='pkd'),
         dafa_agreement=by('PKD + DAFA by agreement', on('pkd', dafa=dict(objective='agreement')), base='pkd',

@@ -1,6 +1,6 @@
 # The teacher: the digits' detector on photographs of blood at 320 x 240, where P3 is 40 x 30, with all 205 training
 # images. `val` is for tuning; only reported runs see `test`.
-_base_ = '../../digits/retinanet_r18-c32_digits.py'
+_base_ = '../digits/retinanet_r18-c32_digits.py'
 
 data_root = 'data/bccd/'
 data_command = 'python tools/dataset_converters/bccd.py FOLDER'
