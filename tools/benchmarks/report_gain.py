@@ -1,17 +1,22 @@
 """Writes what the benchmarks found into docs/results.md, between two marks, and the plots beside it.
 
-What stands outside the marks stays. Of every row only runs of its present config count, one a seed.
+What stands outside the marks stays. Of every experiment only runs of its present config count, one a seed.
+
+Two intervals stand beside each other: over seeds, by Student's t, and over the test images, by the bootstrap
+(bootstrap.py). The first tells whether another seed would say the same, the second whether other images would.
 """
 import argparse
+import itertools
 import statistics
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from amd_map_sizes import draw as draw_map_sizes
-from gain import RESULTS, read, reported_runs, teacher_run
-from gain_tasks import TASKS, TUNING_SEEDS, Row, Task
+from gain import RESULTS, is_tuned, read, reported_runs, teacher_run
+from gain_tasks import TASKS, TUNING_SEEDS, Experiment, Task
 from report_cost import sections as cost_sections
 from scipy.stats import t
 
@@ -27,7 +32,7 @@ BEGIN, END = (f'<!-- {word} of what tools/benchmarks/report_gain.py writes -->' 
 PAGE, IMAGES = Path('docs/results.md'), Path('docs/images')
 SURROUNDINGS = '# Results\n\n{}\n{}\n'
 
-Found = dict[str, dict[int, dict]]  # lines by row and seed
+Found = dict[str, dict[int, dict]]  # lines by experiment and seed
 
 
 def main() -> None:
@@ -45,11 +50,12 @@ def main() -> None:
         if 'teacher' not in found:
             continue
         args.images.mkdir(parents=True, exist_ok=True)
-        drawn = {kind: args.images / f'results_{name}_{kind}.png' for kind in ('bars', 'curves', 'policy')}
+        drawn = {kind: args.images / f'results_{name}_{kind}.png' for kind in ('bars', 'policy')}
         bars(task, found, drawn['bars'])
-        curves(task, found, drawn['curves'])
         policy(task, found, drawn['policy'])
-        parts.append(section(task, found, drawn))
+        if task.headlines:
+            parts.insert(0, summary(task, found))
+        parts.append(section(task, found, tuning, drawn))
     sizes = args.images / 'results_amd_sizes.png'
     draw_map_sizes(sizes)
     parts += [map_sizes(sizes), *cost_sections(args.results, args.images), papers()]
@@ -72,21 +78,26 @@ def insert(page: str, text: str) -> str:
 
 
 def current(task: Task, lines: list[dict], tuning: list[dict]) -> Found:
-    """Returns the lines whose fingerprint is that of the present configs and weights; none of a row not tuned yet."""
+    """Returns the lines whose fingerprint is that of the present configs and weights; none of a tuning half done."""
     runs = {teacher_run(task).key}
-    for name in task.rows:
+    for name in task.experiments:
         with suppress(ValueError):
             runs.update(run.key for run in reported_runs(task, tuning, [name]))
     found: Found = {}
     for line in lines:
-        if (line['row'], line['seed'], line['fingerprint']) in runs:
-            found.setdefault(line['row'], {})[line['seed']] = line
+        if (line['experiment'], line['seed'], line['fingerprint']) in runs:
+            found.setdefault(line['experiment'], {})[line['seed']] = line
     return found
 
 
-def values(task: Task, found: Found, row: str) -> dict[int, float]:
-    """The metric of a row by seed, in percent."""
-    return {seed: task.scale * line['metric'] for seed, line in sorted(found.get(row, {}).items())}
+def values(task: Task, found: Found, name: str) -> dict[int, float]:
+    """The metric of an experiment by seed, in percent."""
+    return {seed: task.scale * line['metric'] for seed, line in sorted(found.get(name, {}).items())}
+
+
+def resampled(task: Task, found: Found, name: str) -> dict[int, np.ndarray]:
+    """The metric of an experiment by seed on each draw of the test images, in percent."""
+    return {seed: task.scale * np.array(line['resampled']) for seed, line in sorted(found.get(name, {}).items())}
 
 
 def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, float, int, int] | None:
@@ -102,54 +113,112 @@ def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, flo
     return statistics.fmean(differences), half, sum(d > 0 for d in differences), n
 
 
-def closed(row: dict[int, float], alone: dict[int, float], teacher: float) -> float | None:
-    """Returns the share of the gap between student alone and teacher that a row closes, in percent, on common seeds."""
-    seeds = sorted(set(row) & set(alone))
+def permutation_test(above: dict[int, float], below: dict[int, float]) -> float:
+    """Returns the p-value of Fisher's paired permutation test of the mean difference within seeds, two-sided and exact.
+
+    If both were alike, each difference could as well have the other sign: p is the share of all signs that make the
+    mean as far from 0 as it is. It cannot be below 2 / 2^n: with 3 seeds 0.25, with 10 0.002.
+    """
+    differences = np.array([above[seed] - below[seed] for seed in sorted(set(above) & set(below))])
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+    return float(np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9))
+
+
+def over_images(above: dict[int, np.ndarray], below: dict[int, np.ndarray] | None = None) -> tuple[float, float]:
+    """Returns the 95% bootstrap interval over test images of a mean over seeds, or of a difference within seeds."""
+    if below is None:
+        draws = np.mean(list(above.values()), axis=0)
+    else:
+        draws = np.mean([above[seed] - below[seed] for seed in set(above) & set(below)], axis=0)
+    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
+
+
+def closed(given: dict[int, float], alone: dict[int, float], teacher: float) -> float | None:
+    """Returns the share of the gap between student alone and teacher that is closed, in percent, on common seeds."""
+    seeds = sorted(set(given) & set(alone))
     if not seeds:
         return None
     low = statistics.fmean(alone[seed] for seed in seeds)
-    return 100 * (statistics.fmean(row[seed] for seed in seeds) - low) / (teacher - low)
+    return 100 * (statistics.fmean(given[seed] for seed in seeds) - low) / (teacher - low)
 
 
-def table(task: Task, found: Found) -> str:
+def table(task: Task, found: Found, tuning: list[dict]) -> str:
     teacher, alone = values(task, found, 'teacher')[0], values(task, found, 'student')
-    rows = [['teacher', f'{teacher:.2f}', '1', '', '', '', '']]
-    for name, row in task.rows.items():
+    rows = [['teacher', f'{teacher:.1f}', _interval(over_images(resampled(task, found, 'teacher'))), '1',
+             *[''] * 6]]
+    for name, experiment in task.experiments.items():
         given = values(task, found, name)
         if not given:
             continue
-        mean = f'{statistics.fmean(given.values()):.2f}'
-        spread = f' ± {statistics.stdev(given.values()):.2f}' if len(given) > 1 else ''
-        against = paired(given, values(task, found, row.base)) if row.base else None
-        compared = [f'{against[0]:+.2f} ± {against[1]:.2f} to {task.rows[row.base].label}',
-                    f'{against[2]} of {against[3]}'] if against else ['', '']
+        mean = f'{statistics.fmean(given.values()):.1f}'
+        spread = f' ± {statistics.stdev(given.values()):.1f}' if len(given) > 1 else ''
+        base = experiment.base
+        against = paired(given, values(task, found, base)) if base else None
+        compared = [''] * 4
+        if against:
+            compared = [
+                f'{against[0]:+.2f} ± {against[1]:.2f} to {task.experiments[base].label}',
+                _interval(over_images(resampled(task, found, name), resampled(task, found, base)), '+.2f'),
+                f'{against[2]} of {against[3]}', f'{permutation_test(given, values(task, found, base)):.3f}']
         share = closed(given, alone, teacher) if name != 'student' else None
-        weight = next(iter(found[name].values()))['weight']
-        rows.append([row.label, mean + spread, str(len(given)), *compared, '' if share is None else f'{share:.0f}%',
-                     '' if weight is None else f'{weight:g}'])
-    return markdown(['', task.unit, 'seeds', 'difference within seeds, 95%', 'better in', 'gap closed', 'weight'], rows)
+        weights = ', '.join(f'{weight:g}' for weight in next(iter(found[name].values()))['weights'])
+        if weights and not is_tuned(task, name, tuning):
+            weights += ' (not tuned)'
+        rows.append([experiment.label, mean + spread, _interval(over_images(resampled(task, found, name))),
+                     str(len(given)), *compared, '' if share is None else f'{share:.0f}%', weights])
+    return markdown(['', task.unit, 'over images', 'seeds', 'difference within seeds', 'over images', 'better in', 'p',
+                     'gap closed', 'weights'], rows)
 
 
-def section(task: Task, found: Found, drawn: dict[str, Path]) -> str:
+def _interval(bounds: tuple[float, float], spec: str = '.1f') -> str:
+    return ' to '.join(f'{bound:{spec}}' for bound in bounds)
+
+
+def summary(task: Task, found: Found) -> str:
+    """Returns what a reader should know of a task: the gap, the best experiment, and its headlines."""
+    teacher, alone = values(task, found, 'teacher')[0], values(task, found, 'student')
+    means = {name: statistics.fmean(values(task, found, name).values())
+             for name in task.experiments if name != 'student' and name in found}
+    sentences = []
+    if alone and means:
+        best = max(means, key=means.get)
+        sentences.append(
+            f'{task.title}: the teacher has {teacher:.1f} {task.unit}, the student alone '
+            f'{statistics.fmean(alone.values()):.1f}, and with {task.experiments[best].label} {means[best]:.1f}, which '
+            f'closes {closed(values(task, found, best), alone, teacher):.0f}% of the gap.')
+    for name in task.headlines:
+        base = task.experiments[name].base
+        given, other = values(task, found, name), values(task, found, base)
+        against = paired(given, other)
+        if against:
+            low, high = over_images(resampled(task, found, name), resampled(task, found, base))
+            sentences.append(
+                f'{task.experiments[name].label} differs from {task.experiments[base].label} by {against[0]:+.2f} ± '
+                f'{against[1]:.2f} points (better in {against[2]} of {against[3]} seeds, p = '
+                f'{permutation_test(given, other):.3f}; over images {low:+.2f} to {high:+.2f}).')
+    return ' '.join(sentences)
+
+
+def section(task: Task, found: Found, tuning: list[dict], drawn: dict[str, Path]) -> str:
     """Returns the part of the page on a task."""
-    lines = [line for row in found.values() for line in row.values()]
-    told = '; '.join(f'{key} {", ".join(sorted({str(line[key]) for line in lines}))}'
-                     for key in ('commit', 'torch', 'mmdet', 'mmpretrain', 'device', 'threads'))
+    lines = [line for of in found.values() for line in of.values()]
+    surroundings = '; '.join(f'{key} {", ".join(sorted({str(line[key]) for line in lines}))}'
+                             for key in ('commit', 'torch', 'mmdet', 'mmpretrain', 'device', 'threads'))
     pictures = [f'![{words}](images/{drawn[kind].name})' for kind, words in (
-        ('bars', 'Mean of every row with its spread, and every seed'),
-        ('curves', 'Learning curves, mean over seeds'),
+        ('bars', 'Mean of every experiment with its spread, and every seed'),
         ('policy', 'How often the policy applies each operation, over the search')) if drawn[kind].exists()]
-    candidates = {len(row.weights) for row in task.rows.values() if row.weights}
+    candidates = {len(experiment.weights) for experiment in task.experiments.values() if experiment.weights}
     tuning_seeds = ', '.join(map(str, TUNING_SEEDS))
     return '\n\n'.join([
         f'## {task.title}',
-        f'Mean and standard deviation of {task.unit}, over seeds; difference to the row\'s base within seeds with its '
-        f'95% interval by Student\'s t. Every row with a weight of its own was tuned alike: '
-        f'{", ".join(map(str, candidates))} weights with seed {tuning_seeds} on a split of its own. SoKD keeps its '
-        'base\'s best weight, and its own is that of DAM; a row that is one change away from another has its '
-        'weights. The reported seeds ran once, on test images that no weight was chosen by.',
-        table(task, found),
-        f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {told}.',
+        f'Mean and standard deviation of {task.unit} over seeds; mean difference to another experiment within seeds '
+        'with its 95% interval by Student\'s t; p by the exact paired permutation test. Beside both stand 95% '
+        'bootstrap intervals over test images. Every experiment with weights of its own has the same budget: '
+        f'{", ".join(map(str, candidates))} candidates with seed {tuning_seeds} on a split of its own. The second '
+        'weight of SoKD is that of DAM. An experiment that is one change away from another has its weights. The '
+        'reported seeds ran once, on test images that no weight was chosen by.',
+        table(task, found, tuning),
+        f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {surroundings}.',
         *pictures])
 
 
@@ -167,46 +236,30 @@ def papers() -> str:
 
 
 def bars(task: Task, found: Found, path: Path) -> None:
-    """Draws the mean of every row, its standard deviation and its seeds."""
-    names = [name for name in task.rows if name in found]
+    """Draws the mean of every experiment, its standard deviation and its seeds."""
+    names = [name for name in task.experiments if name in found]
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(names) + 1.2))
     for place, name in enumerate(names):
         given = list(values(task, found, name).values())
         spread = statistics.stdev(given) if len(given) > 1 else 0
-        colour = _colour(task.rows[name])
+        colour = _colour(task.experiments[name])
         axis.barh(place, statistics.fmean(given), xerr=spread, color=colour, alpha=0.6, ecolor='black', capsize=2)
         axis.plot(given, [place] * len(given), '.', color=colour, markersize=4)
     every = [value for name in names for value in values(task, found, name).values()]
     teacher = values(task, found, 'teacher')[0]
     axis.axvline(teacher, color='black', linestyle='--', linewidth=1)
     axis.set_xlim(min(every) - 0.1 * (teacher - min(every)), max(teacher, *every) + 0.05 * (teacher - min(every)))
-    axis.set_yticks(range(len(names)), [task.rows[name].label for name in names], fontsize=8)
+    axis.set_yticks(range(len(names)), [task.experiments[name].label for name in names], fontsize=8)
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set_xlabel(f'{task.unit}; dashed: the teacher')
     _save(figure, path)
 
 
-def curves(task: Task, found: Found, path: Path) -> None:
-    """Draws the mean learning curve of the rows with the most seeds."""
-    most = max(row.seeds for row in task.rows.values())
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for index, name in enumerate(name for name, row in task.rows.items() if name in found and row.seeds == most):
-        drawn = [line['curve'] for line in found[name].values()]
-        epochs = [epoch for epoch, _ in drawn[0]]
-        mean = [task.scale * statistics.fmean(curve[i][1] for curve in drawn) for i in range(len(epochs))]
-        axis.plot(epochs, mean, marker='.', color=plt.get_cmap('tab20')(index % 20), label=task.rows[name].label)
-    axis.set_xlabel('epoch')
-    axis.set_ylabel(task.unit)
-    axis.legend(fontsize=7)
-    _save(figure, path)
-
-
 def policy(task: Task, found: Found, path: Path) -> None:
     """Draws, over the search, the chance that a batch gets each operation; nothing if there was no search."""
-    most = max(row.seeds for row in task.rows.values())
-    searched = {name: [line['policy'] for line in row.values()] for name, row in found.items()
-                if all('policy' in line for line in row.values()) and task.rows[name].seeds == most}
+    searched = {name: [line['policy'] for line in lines.values()] for name, lines in found.items()
+                if all('policy' in line for line in lines.values())}
     if not searched:
         return
     figure, axes = plt.subplots(1, len(searched), figsize=(3.6 * len(searched), 3.6), sharey=True, squeeze=False)
@@ -215,16 +268,16 @@ def policy(task: Task, found: Found, path: Path) -> None:
         for key in (key for key in runs[0][0] if key.startswith('p/')):
             axis.plot(steps, [statistics.fmean(run[i][key] for run in runs) for i in range(len(steps))],
                       label=key.removeprefix('p/'))
-        axis.set_title(task.rows[name].label, fontsize=9)
+        axis.set_title(task.experiments[name].label, fontsize=9)
         axis.set_xlabel('iteration')
     axes[0][0].set_ylabel('chance that a batch gets it')
     axes[0][-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
-def _colour(row: Row) -> str:
+def _colour(experiment: Experiment) -> str:
     for beginning, colour in (('SoKD', 'tab:green'), ('AMD', 'tab:blue'), ('student', 'tab:gray')):
-        if row.label.startswith(beginning):
+        if experiment.label.startswith(beginning):
             return colour
     return 'tab:orange'
 

@@ -1,0 +1,8 @@
+# The student: the teacher's detector on a quarter-width ResNet18, with labels for 60 of the 205 training images only,
+# so that the teacher knows something that the student's labels do not tell.
+_base_ = './retinanet_r18-c32_bccd.py'
+model = dict(
+    backbone=dict(base_channels=16),
+    neck=dict(in_channels=[16, 32, 64, 128]))
+train_dataloader = dict(dataset=dict(indices=60))
+train_cfg = dict(max_epochs=60)

@@ -1,9 +1,0 @@
-# PKD at every level of the pyramid.
-_base_ = './inherit_retinanet_r18-c16_clothing-300.py'
-
-model = dict(
-    distiller=dict(
-        type='mmkd_plugin.SoKDDistiller',
-        layers=['neck'],
-        base=dict(type='PKDLoss', loss_weight=6.0),
-        connect=False))

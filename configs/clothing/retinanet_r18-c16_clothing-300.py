@@ -1,8 +1,0 @@
-# The student: the teacher's detector on a quarter-width ResNet18, with labels for the first 300 of
-# the 2,000 training images only, so that the teacher knows something that the student's labels do not tell.
-_base_ = './retinanet_r18-c32_clothing.py'
-model = dict(
-    backbone=dict(base_channels=16),
-    neck=dict(in_channels=[16, 32, 64, 128]))
-train_cfg = dict(max_epochs=18, val_interval=6)
-train_dataloader = dict(dataset=dict(indices=300))

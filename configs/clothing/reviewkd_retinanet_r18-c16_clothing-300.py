@@ -1,9 +1,0 @@
-# ReviewKD over all levels of the pyramid.
-_base_ = './inherit_retinanet_r18-c16_clothing-300.py'
-
-model = dict(
-    distiller=dict(
-        type='mmkd_plugin.SoKDDistiller',
-        layers=['neck'],
-        base=dict(type='mmkd_plugin.ReviewKDLoss'),
-        adapter=dict(mid_channels=64)))

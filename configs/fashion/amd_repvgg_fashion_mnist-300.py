@@ -1,4 +1,0 @@
-# AMD as the paper has it, without KD; the same features as AT.
-_base_ = './at_repvgg_fashion_mnist-300.py'
-
-model = dict(distiller=dict(base=dict(_delete_=True, type='mmkd_plugin.AMDLoss', loss_weight=1000.0)))

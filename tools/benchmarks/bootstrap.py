@@ -1,0 +1,80 @@
+"""What a test metric would be on other test images: AP and accuracy on images drawn with replacement.
+
+The draws are the same for every run on the same test set, so that runs can be compared draw by draw.
+
+Letters: B draws, I images, T thresholds of overlap, D detections of a class.
+"""
+import contextlib
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+DRAWS = 500
+SEED = 0
+
+
+def draw(images: int, draws: int = DRAWS) -> np.ndarray:
+    """Returns how often each image is in each draw, (B, I); every draw has I images."""
+    rng = np.random.default_rng(SEED)
+    return rng.multinomial(images, np.full(images, 1 / images), size=draws)
+
+
+def resampled_ap(annotations: str | Path, detections: str | Path, counts: np.ndarray | None = None) -> np.ndarray:
+    """Returns COCO's AP, in [0, 1], of a file of detections on each draw of the images, (B,).
+
+    Args:
+        annotations: in COCO format.
+        detections: as MMDetection's ``CocoMetric`` writes them.
+        counts: how often each image is in each draw, (B, I), in the order of the images' ids.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(str(detections)), 'bbox')
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ['all']
+        evaluation.evaluate()
+    params = evaluation.params
+    place = {image: i for i, image in enumerate(params.imgIds)}
+    counts = draw(len(place)) if counts is None else counts
+    results = np.array(evaluation.evalImgs, dtype=object).reshape(len(params.catIds), -1)  # (classes, I)
+    per_class = [_class_ap([one for one in row if one is not None], place, counts, params.recThrs) for row in results]
+    return np.nanmean(per_class, axis=0)
+
+
+def _class_ap(results: list[dict], place: dict[int, int], counts: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """AP of one class on each draw, (B,); NaN where a draw has no object of it."""
+    ap = np.full(len(counts), np.nan)
+    objects = np.zeros(counts.shape[1])
+    for one in results:
+        objects[place[one['image_id']]] = np.count_nonzero(one['gtIgnore'] == 0)
+    if not objects.any():
+        return ap
+    scores = np.concatenate([one['dtScores'] for one in results])
+    order = np.argsort(-scores, kind='mergesort')
+    image = np.repeat([place[one['image_id']] for one in results], [len(one['dtScores']) for one in results])[order]
+    matched, ignored = (np.concatenate([one[key] for one in results], axis=1)[:, order] > 0
+                        for key in ('dtMatches', 'dtIgnore'))  # (T, D)
+    hits, misses = matched & ~ignored, ~matched & ~ignored
+    for i, count in enumerate(counts):
+        total = count @ objects
+        if not total:
+            continue
+        times = count[image]
+        true = np.cumsum(hits * times, axis=1)
+        positive = true + np.cumsum(misses * times, axis=1)
+        precision = np.maximum.accumulate((true / np.maximum(positive, 1))[:, ::-1], axis=1)[:, ::-1]
+        precision = np.pad(precision, ((0, 0), (0, 1)))  # a recall that is not reached has precision 0
+        ap[i] = np.mean([row[np.searchsorted(reached, recalls)] for row, reached in zip(precision, true / total)])
+    return ap
+
+
+def resampled_accuracy(predictions: str | Path, counts: np.ndarray | None = None) -> np.ndarray:
+    """Returns top-1 accuracy, in percent, of a file that ``DumpResults`` wrote, on each draw of the images, (B,)."""
+    with open(predictions, 'rb') as file:
+        samples = pickle.load(file)
+    correct = np.array([int(sample['pred_label']) == int(sample['gt_label']) for sample in samples])
+    counts = draw(len(correct)) if counts is None else counts
+    return 100 * (counts @ correct) / len(correct)
