@@ -12,8 +12,8 @@ works with the newer ones of the ``onedl-*`` packages, which MMDetection and
 MMPretrain judge for themselves, so for that moment it is shown 2.1.0.
 
 Packages are known by the name they are imported by, so that ``mmcv`` may come
-from ``mmcv`` or from ``onedl-mmcv``. Nothing else in this package changes
-another library.
+from ``mmcv`` or from ``onedl-mmcv``. Besides this module only
+:mod:`.checkpoints.guard` changes another library, for the time of a context.
 """
 import sys
 from collections.abc import Iterator

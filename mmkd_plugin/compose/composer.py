@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 
+from ..checkpoints.guard import data_only
 from .network import Network, same_classes, stride
 from .text import Plan, config_text
 from .trial import Trial, try_one_step
@@ -56,11 +57,12 @@ def compose(student: str,
     unfinished = path.with_name(f'{path.stem}.unfinished.py')
     logging.disable(logging.WARNING)  # how each weight was initialised, and what training will say again
     try:
-        plan = make_plan(Network(student, 'STUDENT'), Network(teacher, 'TEACHER'), method, teacher_ckpt, path, base,
-                         layers, trust_checkpoint)
-        unfinished.write_text(config_text(plan))
-        cfg = _read(unfinished, student)
-        trial = try_one_step(cfg, random_teacher=remote)
+        with data_only(trust_checkpoint, download=False):
+            plan = make_plan(Network(student, 'STUDENT'), Network(teacher, 'TEACHER'), method, teacher_ckpt, path, base,
+                             layers, trust_checkpoint)
+            unfinished.write_text(config_text(plan))
+            cfg = _read(unfinished, student)
+            trial = try_one_step(cfg, random_teacher=remote)
         _check_hooks(cfg, trial)
         os.replace(unfinished, path)
     finally:

@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
+from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely, read_checkpoint
 from ..config.cfg_path import build_model, read_cfg_path
 from .cost import RawOutputs
@@ -61,7 +62,8 @@ def build_student(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(cfg.model)
+    with data_only(trust_checkpoint):
+        model = MODELS.build(cfg.model)
     load_completely(model, checkpoint, 'checkpoint', trust_checkpoint)
     return model
 

@@ -10,6 +10,8 @@ from mmrazor.models.algorithms import SingleTeacherDistill
 from mmrazor.models.utils import add_prefix
 from torch import Tensor, nn
 
+from ...checkpoints.guard import data_only
+from ...checkpoints.initialize import initialize
 from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
 from ...registry import MODELS
@@ -58,8 +60,9 @@ class TeacherStudentDistill(SingleTeacherDistill):
             that start from the teacher's weights where names and shapes agree
             (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529).
         allow_random_teacher: whether a teacher without weights is meant.
-        trust_checkpoint: whether both files may run code when they are loaded. By default they are read
-            as data, and one that asks for more is refused.
+        trust_checkpoint: whether weights files may run code when they are loaded: these two, and whatever both
+            models read when they are built and initialised. By default they are read as data, and one that asks
+            for more is refused.
         loss_schedules: by name of a distillation loss or a pattern such as
             ``'loss_amd*'``, the arguments of :class:`LossSchedule`, or a list of them, which multiply.
         data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
@@ -99,7 +102,7 @@ class TeacherStudentDistill(SingleTeacherDistill):
         architecture = build_model('architecture', architecture, trust_checkpoint)
 
         # The student's random start is the one it has when trained alone with the same seed.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), data_only(trust_checkpoint):
             teacher = build_model('teacher', teacher, trust_checkpoint)
             if teacher_ckpt:
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
@@ -122,6 +125,7 @@ class TeacherStudentDistill(SingleTeacherDistill):
         if student_ckpt:
             load_completely(self.student, student_ckpt, 'student_ckpt', trust_checkpoint)
             self.student._is_init = True
+        self.trust_checkpoint = trust_checkpoint
         self.inherit = check_inherit(inherit, self.student, teacher)
         self.__dict__['_renormalize'] = Renormalize.between(
             self.data_preprocessor, teacher.data_preprocessor) if states_preprocessor else None
@@ -159,8 +163,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
     def init_weights(self) -> None:
         """Initialises the student as if alone, then the distiller, then what the student inherits."""
         if not self.student.is_init:
-            self.student.init_weights()
-        with torch.random.fork_rng(devices=[]):
+            initialize(self.student, 'architecture', self.trust_checkpoint)
+        with torch.random.fork_rng(devices=[]), data_only(self.trust_checkpoint):
             super().init_weights()
         inherit_modules(self.inherit, self.student, self.teacher)
 
