@@ -60,7 +60,8 @@ def try_one_step(cfg: Config, random_teacher: bool) -> Trial:
     hub.update_info_dict(dict(iter=0, epoch=0))  # some heads ask
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         model = MODELS.build(cfg.model)
-        forget_weights_files(model.student)  # which may not be here, nor fit
+        for network in (model.student, model.teacher):
+            forget_weights_files(network)  # which may not be here, nor fit
         return _step(model, cfg)
 
 

@@ -84,7 +84,7 @@ def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
         if model.get(name):
             yield from _missing_file(model[name], f'model.{name}', trust)
     if cfg.get('load_from'):
-        yield from _missing_file(cfg.load_from, 'load_from', trust, cfg.get('resume', False))
+        yield from _missing_file(cfg.load_from, 'load_from', trust)
     if not model.get('student_ckpt'):
         yield from _missing_of('architecture', model.get('architecture'), 'student', trust)
     if model.get('allow_random_teacher') and not model.get('teacher_ckpt'):
@@ -116,18 +116,14 @@ def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterato
         yield from _missing_named(value, f'{option}.{name}', trust)
 
 
-def _missing_file(path: str, option: str, trust: bool, resume: bool = False) -> Iterator[str]:
+def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
     if not path.startswith(_WEIGHTS) and not Path(path).exists():
         yield _sentence(option, path)
         return
     try:
-        content = read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
+        read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
     except ValueError as error:
         if isinstance(error.__cause__, RefusedError) or not path.startswith(_WEIGHTS):
             yield str(error)
         else:
             yield _sentence(option, path, f' ({error.__cause__})')
-        return
-    if resume and not trust and 'config' in content.get('meta', {}):
-        yield (f'{option}: {path!r} is refused: to resume, MMEngine would run the config in its meta as Python. If you '
-               'trust whoever made it, allow that with --trust-checkpoint')

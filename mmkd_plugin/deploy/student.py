@@ -36,9 +36,13 @@ def plain_config(cfg: Config) -> Config:
     if str(cfg.get('optim_wrapper', {}).get('constructor')).startswith('mmkd_plugin.'):
         cfg.optim_wrapper.pop('constructor')
         cfg.optim_wrapper.pop('policy', None)
+        if 'student_constructor' in cfg.optim_wrapper:
+            cfg.optim_wrapper.constructor = cfg.optim_wrapper.pop('student_constructor')
     if _is_ours(cfg.get('optim_wrapper')):
         cfg.optim_wrapper.type = 'OptimWrapper'  # whose arguments ours has
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', []) if not _is_ours(hook)]
+    if _is_ours(cfg.get('val_cfg')):
+        cfg.val_cfg.pop('type')
     for name, hook in list(cfg.get('default_hooks', {}).items()):
         if _is_ours(hook):
             if name == 'checkpoint':
