@@ -84,10 +84,6 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
     length = {key: value for key, value in student.cfg.train_cfg.items() if key in ('max_epochs', 'max_iters')}
     if not length:
         raise ValueError(f'STUDENT: train_cfg of {student.name!r} has neither max_epochs nor max_iters')
-    constructor = student.cfg.optim_wrapper.get('constructor')
-    if method == 'sokd' and constructor:
-        raise ValueError(f'STUDENT: optim_wrapper.constructor is {constructor!r}, and SoKD needs that place for its '
-                         'policy: the learning rates would be others. Use --method amd, or a student without it')
     if method == 'sokd' and not base:
         base = 'fitnet' if student.is_detector else 'reviewkd'
     same, remarks, logits, task_loss = same_classes(student, teacher), [], None, None
@@ -116,7 +112,8 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
         strides=[stride(size[0]) for pair in pairs for size in student.sizes(pair[0])],
         inherit=propose_inherit(student, teacher) if student.is_detector else [],
         logits=logits, task_loss=task_loss, detector=student.is_detector,
-        length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks)
+        length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks,
+        constructor=student.cfg.optim_wrapper.get('constructor'))
 
 
 def _classes(network: Network) -> str:

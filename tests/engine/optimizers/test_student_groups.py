@@ -101,7 +101,7 @@ def test_beside_a_policy_too(case, check):
     if 'constructor' in options:
         policy['student_constructor'] = options['constructor']
     distiller = dict(type='mmkd_plugin.SoKDDistiller', layers=[layer], dafa=dict(), dam=dict(anchor='attention'),
-                     base=dict(type='L2Loss'))
+                     base='fitnet')
     model, wrapper, beside = check(student, options, distiller, **policy)
     assert isinstance(wrapper, PolicyOptimWrapper)
     policies = {id(parameter) for module in model.modules() if isinstance(module, DAFA)
