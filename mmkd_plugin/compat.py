@@ -11,13 +11,21 @@ MMRazor also asserts mmcv <= 2.1.0 when it is imported, and nowhere else. It
 works with the newer ones of the ``onedl-*`` packages, which MMDetection and
 MMPretrain judge for themselves, so for that moment it is shown 2.1.0.
 
+Constructors of optimizers, MMEngine's and those that MMDetection and MMPretrain
+derive from it, tell parameters by their names in the plain model, such as
+``backbone.stages.0``, and ask the model for ``backbone`` or
+``get_layer_depth``. So that a config's constructor works unchanged when its
+model becomes a student, :func:`let_constructors_see_the_student` makes them
+build the groups of the student from the student alone.
+
 Packages are known by the name they are imported by, so that ``mmcv`` may come
-from ``mmcv`` or from ``onedl-mmcv``. Nothing else in this package changes
-another library.
+from ``mmcv`` or from ``onedl-mmcv``. Besides this module only
+:mod:`.checkpoints.guard` changes another library, for the time of a context.
 """
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
 
@@ -103,3 +111,38 @@ def make_mmrazor_importable() -> None:
         for name in ('BackendConfigs', 'QConfigHandler', 'QSchemeHandler'):
             setattr(placeholder, name, _Unavailable(name, error))
         sys.modules[_QUANTISATION] = placeholder
+
+
+def let_constructors_see_the_student() -> None:
+    """Makes MMEngine's ``DefaultOptimWrapperConstructor``, and all that derive from it, take models in parts.
+
+    A model whose class has ``optimised_parts``, a property that gives a student and what is trained beside it, gets
+    exactly the parameter groups that its student has when it is trained alone. The parameters beside it get groups of
+    their own after these: at the learning rate and weight decay of the optimizer, under the rules of ``paramwise_cfg``
+    for kinds of layers, such as ``norm_decay_mult``, but not under ``custom_keys``, which name the student's.
+    For other models nothing changes.
+    """
+    from mmengine.model import is_model_wrapper
+    from mmengine.optim import DefaultOptimWrapperConstructor
+    original = DefaultOptimWrapperConstructor.__call__
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @wraps(original)
+    def build(self, model):
+        inner = model.module if is_model_wrapper(model) else model
+        if not hasattr(type(inner), 'optimised_parts'):
+            return original(self, model)
+        student, beside = inner.optimised_parts
+        wrapper = original(self, student)
+        rules = {key: value for key, value in self.paramwise_cfg.items() if key != 'custom_keys'}
+        groups = [dict(params=[parameter for parameter in beside.parameters() if parameter.requires_grad])]
+        if rules:
+            groups = []
+            DefaultOptimWrapperConstructor(dict(optimizer=self.optimizer_cfg), rules).add_params(groups, beside)
+        for group in groups:
+            if group['params']:
+                wrapper.optimizer.add_param_group(group)
+        return wrapper
+
+    DefaultOptimWrapperConstructor.__call__ = build

@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.config.preflight import missing_inputs
 from mmkd_plugin.deploy.student import build_student, plain_config
 
@@ -42,9 +43,10 @@ def main() -> None:
     cfg = plain_config(cfg)
     cfg.load_from = None
     cfg.resume = False
-    runner = Runner.from_cfg(cfg)
-    load_state_dict(runner.model, student.state_dict(), strict=True)  # MMEngine's looks inside parallel wrappers
-    runner.test()
+    with data_only(args.trust_checkpoint):
+        runner = Runner.from_cfg(cfg)
+        load_state_dict(runner.model, student.state_dict(), strict=True)  # MMEngine's looks inside parallel wrappers
+        runner.test()
 
 
 if __name__ == '__main__':

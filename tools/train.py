@@ -9,6 +9,7 @@ from mmengine.device import is_cuda_available
 from mmengine.runner import Runner
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
 from mmkd_plugin.config.preflight import missing_inputs
 
@@ -83,7 +84,8 @@ def main() -> None:
         earlier = checkpoints_in(Path(cfg.work_dir))
         if earlier:
             print(f'{earlier[0]} and what else an earlier run left there will be overwritten; --resume goes on with it')
-    Runner.from_cfg(cfg).train()
+    with data_only(args.trust_checkpoint or cfg.model.get('trust_checkpoint', False)):
+        Runner.from_cfg(cfg).train()
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
 
 from ..utils import closest
+from .guard import refusal
 from .unpickler import RefusedError, read_file
 
 STUDENT_PREFIX = 'architecture.'
@@ -34,23 +35,29 @@ def read_checkpoint(path: str, field: str, trust_checkpoint: bool = False) -> An
     Args:
         path: a file, or an address that MMEngine can load.
         field: what the file is for; begins the error message.
-        trust_checkpoint: whether to let MMEngine load it, which runs whatever code is in it.
+        trust_checkpoint: whether to let MMEngine load a file that asks for more than data, which runs whatever code
+            is in it.
 
     Raises:
         ValueError: the file cannot be had, is damaged, or asks for more than data.
     """
     try:
-        if trust_checkpoint:
-            return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
         content = read_file(_local_copy(path))
     except RefusedError as error:
-        raise ValueError(
-            f'{field}: {path!r} is refused because of {error.wanted}: beyond tensors, numbers, text, NumPy arrays, '
-            'containers and what MMEngine stores, a file could run any code when it is loaded. If you trust whoever '
-            'made it, allow that with trust_checkpoint=True in the model, --trust-checkpoint for the tools') from error
+        if not trust_checkpoint:
+            raise ValueError(f'{field}: {refusal(path, error)}') from error
+        return _run(path, field)
     except Exception as error:  # what a file, a zip archive or a network can do wrong is not for us to list
         raise ValueError(f'{field}: cannot load {path!r} ({type(error).__name__}: {error})') from error
     return mmengine_checkpoint._process_mmcls_checkpoint(content) if path.startswith('mmcls://') else content
+
+
+def _run(path: str, field: str) -> Any:
+    """Returns what MMEngine's own loader makes of a file that is trusted."""
+    try:
+        return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+    except Exception as error:
+        raise ValueError(f'{field}: cannot load {path!r} ({type(error).__name__}: {error})') from error
 
 
 def _local_copy(path: str) -> str:

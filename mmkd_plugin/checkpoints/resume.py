@@ -1,12 +1,14 @@
 """What makes a run one that can be interrupted: hooks that it needs, and the checkpoint that it goes on from."""
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
-from .reading import read_checkpoint
+from .reading import STUDENT_PREFIX, read_checkpoint
 
 HOOKS = dict(
     reseed=dict(type='mmkd_plugin.ReseedHook'),
@@ -45,7 +47,8 @@ def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
         Sentences for the user: which files are damaged, and what is taken instead.
 
     Raises:
-        ValueError: there are only damaged checkpoints, or the named one is.
+        ValueError: there are only damaged checkpoints, or the named one is, or is of something else than a training
+            with this kind of model.
     """
     said = []
     noted = find_latest_checkpoint(cfg.work_dir) if Path(cfg.work_dir, 'last_checkpoint').exists() else None
@@ -67,10 +70,34 @@ def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
         cfg.load_from = str(good)
         if said:
             said.append(f'--resume: {good} is whole, and taken instead')
+    trust_checkpoint = trust_checkpoint or cfg.model.get('trust_checkpoint', False)
+    content = read_checkpoint(cfg.load_from, '--resume', trust_checkpoint)
+    _check_run(content, cfg, trust_checkpoint)
     if (cfg.get('randomness') or {}).get('seed') is None:
-        seed = read_checkpoint(cfg.load_from, '--resume', trust_checkpoint)['meta'].get('seed')
-        cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=content['meta'].get('seed'))
     return said
+
+
+def _check_run(content: Any, cfg: Config, trust_checkpoint: bool) -> None:
+    """Raises ``ValueError`` for a file that holds weights, but no run that this config could go on with."""
+    start = ('To start from its weights, leave --resume out, and give the file as load_from or, if it must fit '
+             'entirely, as model.student_ckpt' if 'architecture' in cfg.model else
+             'To start from its weights, leave --resume out, and give the file as load_from')
+    place = f'--resume: {cfg.load_from!r}'
+    if not isinstance(content, Mapping) or not isinstance(content.get('state_dict'), Mapping):
+        raise ValueError(f'{place} has no state_dict, expected a checkpoint of a training. {start}')
+    meta = content.get('meta') if isinstance(content.get('meta'), Mapping) else {}
+    lacking = [name for name, there in (('meta.epoch', 'epoch' in meta), ('meta.iter', 'iter' in meta),
+                                        ('message_hub', 'message_hub' in content)) if not there]
+    if lacking:
+        raise ValueError(f'{place} is no checkpoint of a training: it has no {", ".join(lacking)}. {start}')
+    distilled = any(key.startswith(STUDENT_PREFIX) for key in content['state_dict'])
+    if distilled != ('architecture' in cfg.model):
+        raise ValueError(f'{place} is of {"a distillation" if distilled else "a plain model"}, expected one of '
+                         f'{"a plain model" if distilled else "a distillation"}, as this config is. {start}')
+    if 'config' in meta and not trust_checkpoint:
+        raise ValueError(f'{place} is refused: to resume, MMEngine would run the config in its meta as Python. If you '
+                         'trust whoever made it, allow that with --trust-checkpoint')
 
 
 def checkpoints_in(work_dir: Path, noted: str | None = None) -> list[Path]:

@@ -12,6 +12,8 @@ What a pickle names becomes a :class:`Name`, which cannot be called. Only
 object its state; both check what they are given. The file cannot get hold of a
 function, class, module or attribute.
 """
+import io
+import os
 import pickle
 import sys
 import zipfile
@@ -25,6 +27,8 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
+
+from .safetensors import is_safetensors, read_safetensors
 
 _MAGIC = 0x1950a86a20f9469cfc6c  # begins a file of torch.save before 1.6
 _PROTOCOL = 1001
@@ -51,21 +55,33 @@ class _Storage(NamedTuple):
     dtype: torch.dtype
 
 
-def read_file(path: str) -> Any:
-    """Returns what ``torch.save`` put into the file, tensors on the CPU.
+def read_file(source: str | os.PathLike | BinaryIO) -> Any:
+    """Returns what ``torch.save`` put into the file, or a file of safetensors holds, tensors on the CPU.
+
+    Args:
+        source: path, or a file that is open to be read as bytes.
 
     Raises:
         RefusedError: it holds more than tensors, numbers, text, NumPy arrays, containers and what MMEngine
             stores, or is a TorchScript archive or a tar file.
         Exception: it is damaged or something else altogether.
     """
-    with open(path, 'rb') as file:
-        start = file.read(262)
-        size = file.seek(0, 2)
-        file.seek(0)
-        if start[257:] == b'ustar' or start[:8] == b'storages':
-            raise RefusedError('a tar file, as torch before 0.1.10 wrote it')
-        return _read_zip(file, size) if start[:4] == b'PK\x03\x04' else _read_legacy(file, size)
+    if not hasattr(source, 'read'):
+        with open(source, 'rb') as file:
+            return _read(file)
+    whole = source.seekable() and source.tell() == 0
+    return _read(source if whole else io.BytesIO(source.read()))
+
+
+def _read(file: BinaryIO) -> Any:
+    start = file.read(262)
+    size = file.seek(0, 2)
+    file.seek(0)
+    if start[257:] == b'ustar' or start[:8] == b'storages':
+        raise RefusedError('a tar file, as torch before 0.1.10 wrote it')
+    if is_safetensors(file, size):
+        return read_safetensors(file, size)
+    return _read_zip(file, size) if start[:4] == b'PK\x03\x04' else _read_legacy(file, size)
 
 
 def _read_zip(file: BinaryIO, size: int) -> Any:

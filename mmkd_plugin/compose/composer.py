@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 
+from ..checkpoints.guard import data_only
 from .network import Network, same_classes, stride
 from .text import Plan, config_text
 from .trial import Trial, try_one_step
@@ -56,11 +57,12 @@ def compose(student: str,
     unfinished = path.with_name(f'{path.stem}.unfinished.py')
     logging.disable(logging.WARNING)  # how each weight was initialised, and what training will say again
     try:
-        plan = make_plan(Network(student, 'STUDENT'), Network(teacher, 'TEACHER'), method, teacher_ckpt, path, base,
-                         layers, trust_checkpoint)
-        unfinished.write_text(config_text(plan))
-        cfg = _read(unfinished, student)
-        trial = try_one_step(cfg, random_teacher=remote)
+        with data_only(trust_checkpoint, download=False):
+            plan = make_plan(Network(student, 'STUDENT'), Network(teacher, 'TEACHER'), method, teacher_ckpt, path, base,
+                             layers, trust_checkpoint)
+            unfinished.write_text(config_text(plan))
+            cfg = _read(unfinished, student)
+            trial = try_one_step(cfg, random_teacher=remote)
         _check_hooks(cfg, trial)
         os.replace(unfinished, path)
     finally:
@@ -82,10 +84,6 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
     length = {key: value for key, value in student.cfg.train_cfg.items() if key in ('max_epochs', 'max_iters')}
     if not length:
         raise ValueError(f'STUDENT: train_cfg of {student.name!r} has neither max_epochs nor max_iters')
-    constructor = student.cfg.optim_wrapper.get('constructor')
-    if method == 'sokd' and constructor:
-        raise ValueError(f'STUDENT: optim_wrapper.constructor is {constructor!r}, and SoKD needs that place for its '
-                         'policy: the learning rates would be others. Use --method amd, or a student without it')
     if method == 'sokd' and not base:
         base = 'fitnet' if student.is_detector else 'reviewkd'
     same, remarks, logits, task_loss = same_classes(student, teacher), [], None, None
@@ -114,7 +112,8 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
         strides=[stride(size[0]) for pair in pairs for size in student.sizes(pair[0])],
         inherit=propose_inherit(student, teacher) if student.is_detector else [],
         logits=logits, task_loss=task_loss, detector=student.is_detector,
-        length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks)
+        length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks,
+        constructor=student.cfg.optim_wrapper.get('constructor'))
 
 
 def _classes(network: Network) -> str:

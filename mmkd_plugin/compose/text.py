@@ -25,6 +25,7 @@ class Plan:
     length: dict[str, int]  # max_epochs or max_iters
     hooks: bool  # whether the student has custom_hooks
     remarks: list[str]
+    constructor: str | None = None  # of the student's optim_wrapper
 
 
 def config_text(plan: Plan) -> str:
@@ -110,6 +111,7 @@ def _sokd(plan: Plan) -> list[str]:
             f'        dam=dict({dam})))',
             'optim_wrapper = dict(',
             "    constructor='mmkd_plugin.PolicyOptimWrapperConstructor',",
+            *([f"    student_constructor='{plan.constructor}',"] if plan.constructor else []),
             "    policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))",
             '# The policy is searched in the first sixth of the training.',
             f'custom_hooks = [{"*_base_.custom_hooks, " if plan.hooks else ""}{hook}]']

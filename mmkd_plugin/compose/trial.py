@@ -10,6 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from ..checkpoints.initialize import forget_weights_files
 from ..models.algorithms import TeacherStudentDistill
 from ..models.algorithms.inherit import num_classes
 from .network import IMAGE
@@ -59,9 +60,8 @@ def try_one_step(cfg: Config, random_teacher: bool) -> Trial:
     hub.update_info_dict(dict(iter=0, epoch=0))  # some heads ask
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         model = MODELS.build(cfg.model)
-        for module in model.student.modules():
-            if 'Pretrained' in str(getattr(module, 'init_cfg', None)):  # it would load a file
-                module.init_cfg = None
+        for network in (model.student, model.teacher):
+            forget_weights_files(network)  # which may not be here, nor fit
         return _step(model, cfg)
 
 

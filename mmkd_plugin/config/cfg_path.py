@@ -7,6 +7,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmrazor.registry import MODELS as RAZOR_MODELS
 
+from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely
 from ..utils import closest
 
@@ -35,11 +36,13 @@ def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_ch
         cfg_path: as above.
         field: of the config that names it, for error messages.
         pretrained: whether to load the library's official weights; all of them must fit.
-        trust_checkpoint: whether these may run code, as in :func:`read_checkpoint`.
+        trust_checkpoint: whether these, and files that the model reads when it is built, may run code, as in
+            :func:`read_checkpoint`.
     """
     cfg = read_cfg_path(cfg_path, field)
     if '::' in cfg_path:
-        model = get_model(cfg_path)
+        with data_only(trust_checkpoint):
+            model = get_model(cfg_path)
         if pretrained:
             try:
                 weights = get_config(cfg_path, pretrained=True).model_path
@@ -50,7 +53,7 @@ def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_ch
         return model
     if pretrained:
         raise ValueError(f'{field}: pretrained=True is for a library\'s config, not for the file {cfg_path!r}')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')), data_only(trust_checkpoint):
         return MODELS.build(cfg.model)
 
 
@@ -65,7 +68,8 @@ def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> 
     if isinstance(model, BaseModel):
         return model
     if not model.get('cfg_path') or model.get('type'):
-        return RAZOR_MODELS.build(model)
+        with data_only(trust_checkpoint):
+            return RAZOR_MODELS.build(model)
     dropped = sorted(set(model) - {'cfg_path', 'pretrained'})
     if dropped:
         raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '

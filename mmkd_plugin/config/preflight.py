@@ -16,8 +16,8 @@ _WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab
 def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = False) -> list[str]:
     """Returns a sentence for each file that is not there, cannot be had or is refused.
 
-    It says what is missing, where it was looked for and which option supplies it. MMEngine's own loader, which
-    runs what is in a file, is later given only weights that :func:`read_checkpoint` has read here.
+    It says what is missing, where it was looked for and which option supplies it. What a config names in other
+    places than are looked at here is refused by its loader, see :func:`.data_only`.
 
     Args:
         cfg: the whole config.
@@ -84,40 +84,46 @@ def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
         if model.get(name):
             yield from _missing_file(model[name], f'model.{name}', trust)
     if cfg.get('load_from'):
-        yield from _missing_file(cfg.load_from, 'load_from', trust, cfg.get('resume', False))
+        yield from _missing_file(cfg.load_from, 'load_from', trust)
     if not model.get('student_ckpt'):
-        student = model.get('architecture', model)
-        if student.get('cfg_path'):  # nothing within it can be set from outside
-            found = list(_missing_pretrained(read_cfg_path(student.cfg_path, 'architecture').model, 'its backbone',
-                                              trust))
-            yield from (f'{sentence.split("; supply it")[0]}; supply the whole student with --cfg-options '
-                        'model.student_ckpt=PATH, or inherit its config' for sentence in found)
-        else:
-            yield from _missing_pretrained(student, 'model.architecture' if 'architecture' in model else 'model', trust)
+        yield from _missing_of('architecture', model.get('architecture'), 'student', trust)
+    if model.get('allow_random_teacher') and not model.get('teacher_ckpt'):
+        yield from _missing_of('teacher', model.get('teacher'), 'teacher', trust)
+    if 'architecture' not in model:
+        yield from _missing_named(model, 'model', trust)
 
 
-def _missing_pretrained(node: dict | list, option: str, trust: bool) -> Iterator[str]:
-    if isinstance(node, dict) and str(node.get('type')).endswith('Pretrained') and node.get('checkpoint'):
-        yield from _missing_file(node['checkpoint'], f'{option}.checkpoint', trust)
+def _missing_of(field: str, model: dict | None, whose: str, trust: bool) -> Iterator[str]:
+    """Looks for what the student or the teacher of a distillation starts from by its own config."""
+    if not (model or {}).get('cfg_path'):
+        yield from _missing_named(model or {}, f'model.{field}', trust)
         return
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, (dict, list)):
-            yield from _missing_pretrained(value, f'{option}.{key}', trust)
+    # nothing within it can be set from outside
+    for sentence in _missing_named(read_cfg_path(model.cfg_path, field).model, 'its', trust):
+        yield (f'{sentence.split("; supply it")[0]}; supply the whole {whose} with --cfg-options '
+               f'model.{whose}_ckpt=PATH, or inherit its config')
 
 
-def _missing_file(path: str, option: str, trust: bool, resume: bool = False) -> Iterator[str]:
+def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterator[str]:
+    """Looks for weights files in ``init_cfg``, with or without its ``type``, and in ``pretrained``, at any depth."""
+    key = option.rpartition('.')[2]
+    if isinstance(node, str):
+        if key == 'checkpoint' or key == 'pretrained' and (node.startswith(_WEIGHTS) or Path(node).suffix):
+            yield from _missing_file(node, option, trust)
+        return
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for name, value in items:
+        yield from _missing_named(value, f'{option}.{name}', trust)
+
+
+def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
     if not path.startswith(_WEIGHTS) and not Path(path).exists():
         yield _sentence(option, path)
         return
     try:
-        content = read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
+        read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
     except ValueError as error:
         if isinstance(error.__cause__, RefusedError) or not path.startswith(_WEIGHTS):
             yield str(error)
         else:
             yield _sentence(option, path, f' ({error.__cause__})')
-        return
-    if resume and not trust and 'config' in content.get('meta', {}):
-        yield (f'{option}: {path!r} is refused: to resume, MMEngine would run the config in its meta as Python. If you '
-               'trust whoever made it, allow that with --trust-checkpoint')

@@ -10,6 +10,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
+from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_cfg_path
 from ..config.metafile import metafile_metrics
@@ -45,7 +46,7 @@ def report_student(cfg: Config, exported: str, evaluate: bool = False, trust_che
     models, absent = dict(student=student), None
     if 'teacher' in cfg.model:
         try:
-            models['teacher'] = _build_teacher(cfg).eval()
+            models['teacher'] = _build_teacher(cfg, trust_checkpoint).eval()
         except ValueError as error:
             absent = dict(missing=str(error))
     with torch.no_grad():
@@ -54,7 +55,7 @@ def report_student(cfg: Config, exported: str, evaluate: bool = False, trust_che
     report = dict(student=dict(costs['student'], file_bytes=Path(exported).stat().st_size, accuracy=None),
                   teacher=absent, input=list(inputs['student']['inputs'].shape))
     if evaluate:
-        report['student']['accuracy'] = _evaluate(plain, student)
+        report['student']['accuracy'] = _evaluate(plain, student, trust_checkpoint)
     if 'teacher' in models:
         report['teacher'] = dict(costs['teacher'], file_bytes=_file_bytes(models['teacher']),
                                  **_teacher_accuracy(cfg, models['teacher'], evaluate, trust_checkpoint))
@@ -75,12 +76,13 @@ def _accuracy_text(found: dict) -> str:
     return text + (' (metafile)' if found.get('accuracy_from') == 'metafile' else '')
 
 
-def _build_teacher(cfg: Config) -> BaseModel:
+def _build_teacher(cfg: Config, trust_checkpoint: bool) -> BaseModel:
     teacher = cfg.model.teacher
     if teacher.get('cfg_path'):
-        return build_cfg_path(teacher.cfg_path, 'teacher')
+        return build_cfg_path(teacher.cfg_path, 'teacher', trust_checkpoint=trust_checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    return MODELS.build(teacher)
+    with data_only(trust_checkpoint):
+        return MODELS.build(teacher)
 
 
 def _file_bytes(model: BaseModel) -> int:
@@ -93,12 +95,13 @@ def _teacher_accuracy(cfg: Config, teacher: BaseModel, evaluate: bool, trust_che
     weights = cfg.model.get('teacher_ckpt') or ''
     if evaluate and Path(weights).is_file():
         load_completely(teacher, weights, 'teacher_ckpt', trust_checkpoint)
-        return dict(accuracy=_evaluate(plain_config(cfg), teacher), accuracy_from='evaluated')
+        return dict(accuracy=_evaluate(plain_config(cfg), teacher, trust_checkpoint),
+                    accuracy_from='evaluated')
     found = metafile_metrics(str(cfg.model.teacher.get('cfg_path')))
     return dict(accuracy=found or None, accuracy_from='metafile' if found else None)
 
 
-def _evaluate(plain: Config, model: BaseModel) -> dict[str, float]:
+def _evaluate(plain: Config, model: BaseModel, trust_checkpoint: bool) -> dict[str, float]:
     """Runs the test of a plain config with this model."""
     missing = missing_inputs(plain, training=False)
     if missing:
@@ -108,6 +111,8 @@ def _evaluate(plain: Config, model: BaseModel) -> dict[str, float]:
         # A visualizer of the config's name would be that of the run before, whose folder is gone.
         cfg.update(work_dir=work_dir, load_from=None, resume=False, launcher='none', custom_hooks=[], visualizer=None,
                    experiment_name=f'evaluation_{id(model)}')
-        runner = Runner.from_cfg(cfg)
-        runner.model = model.to(get_device())
-        return {name: float(value) for name, value in runner.test().items() if isinstance(value, (int, float))}
+        with data_only(trust_checkpoint):
+            runner = Runner.from_cfg(cfg)
+            runner.model = model.to(get_device())
+            metrics = runner.test()
+        return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}

@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
+from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely, read_checkpoint
 from ..config.cfg_path import build_model, read_cfg_path
 from .cost import RawOutputs
@@ -35,9 +36,13 @@ def plain_config(cfg: Config) -> Config:
     if str(cfg.get('optim_wrapper', {}).get('constructor')).startswith('mmkd_plugin.'):
         cfg.optim_wrapper.pop('constructor')
         cfg.optim_wrapper.pop('policy', None)
+        if 'student_constructor' in cfg.optim_wrapper:
+            cfg.optim_wrapper.constructor = cfg.optim_wrapper.pop('student_constructor')
     if _is_ours(cfg.get('optim_wrapper')):
         cfg.optim_wrapper.type = 'OptimWrapper'  # whose arguments ours has
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', []) if not _is_ours(hook)]
+    if _is_ours(cfg.get('val_cfg')):
+        cfg.val_cfg.pop('type')
     for name, hook in list(cfg.get('default_hooks', {}).items()):
         if _is_ours(hook):
             if name == 'checkpoint':
@@ -61,7 +66,8 @@ def build_student(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(cfg.model)
+    with data_only(trust_checkpoint):
+        model = MODELS.build(cfg.model)
     load_completely(model, checkpoint, 'checkpoint', trust_checkpoint)
     return model
 

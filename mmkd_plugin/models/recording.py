@@ -38,8 +38,25 @@ def _check_name(field: str, name: str | type | None) -> None:
         raise ValueError(f'{field} must be a name, got {name!r}')
 
 
+class UnknownLayerError(ValueError):
+    """A recorder's ``source`` is no layer or parameter of ``model``."""
+
+    def __init__(self, message: str, model: nn.Module, source: str) -> None:
+        super().__init__(message)
+        self.model, self.source = model, source
+
+    def of_pair(self, student: nn.Module, teacher: nn.Module) -> str:
+        """Returns the message with whose layer is meant, and whether the other of the two has it."""
+        (whose, _), (others, other) = sorted((('student', student), ('teacher', teacher)),
+                                             key=lambda side: side[1] is not self.model)
+        known = {name for names in (other.named_modules(), other.named_parameters()) for name, _ in names}
+        return f'{self}. This is the {whose}' + (
+            f'; the {others}, {type(other).__name__}, has it: of a pair (student, teacher) the layer of the student '
+            'comes first' if self.source in known else '')
+
+
 def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: str) -> None:
-    """Raises ``ValueError``, with the closest names, for a recorder of a layer or parameter that is not there.
+    """Raises :class:`UnknownLayerError`, with the closest names, for a recorder of what is not there.
 
     Args:
         recorders: configs of recorders, by name.
@@ -55,8 +72,8 @@ def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: st
         else:
             continue
         if source not in known:
-            raise ValueError(f'{field}.{name}: {type(model).__name__} has no {source!r}; '
-                             f'{closest(source, filter(None, known))}')
+            raise UnknownLayerError(f'{field}.{name}: {type(model).__name__} has no {source!r}; '
+                                    f'{closest(source, filter(None, known))}', model, source)
 
 
 class _Recorded(Exception):

@@ -35,6 +35,18 @@ def test_nothing_is_missing(tmp_path):
     (lambda cfg: cfg.model.update(architecture=dict(backbone=dict(init_cfg=dict(type='Pretrained',
                                                                                 checkpoint='no.pth')))),
      'model.architecture.backbone.init_cfg.checkpoint'),
+    (lambda cfg: cfg.model.update(architecture=dict(backbone=dict(init_cfg=dict(checkpoint='no.pth')))),  # PVT's way
+     'model.architecture.backbone.init_cfg.checkpoint'),
+    (lambda cfg: cfg.model.update(architecture=dict(backbone=dict(init_cfg=[dict(type='Kaiming'), dict(
+        type='Normal', override=dict(type='Pretrained', name='x', checkpoint='no.pth'))]))),
+     'model.architecture.backbone.init_cfg.1.override.checkpoint'),
+    (lambda cfg: cfg.model.update(architecture=dict(backbone=dict(pretrained='no.pth'))),
+     'model.architecture.backbone.pretrained'),
+    (lambda cfg: setattr(cfg, 'model', ConfigDict(type='X', backbone=dict(pretrained='no.pth'))),
+     'model.backbone.pretrained'),
+    (lambda cfg: (cfg.model.pop('teacher_ckpt'), cfg.model.update(
+        teacher=dict(init_cfg=dict(checkpoint='no.pth')), allow_random_teacher=True)),
+     'model.teacher.init_cfg.checkpoint'),
 ])
 def test_each_missing_thing_is_one_sentence_with_its_option(tmp_path, change, option):
     cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')
@@ -48,6 +60,11 @@ def test_student_ckpt_makes_the_backbones_weights_unneeded(tmp_path):
     backbone = dict(init_cfg=dict(type='Pretrained', checkpoint='no.pth'))
     assert missing_inputs(config(tmp_path, architecture=dict(backbone=backbone),
                                  student_ckpt=f'{tmp_path}/teacher.pth')) == []
+
+
+def test_a_name_of_a_hub_is_no_file(tmp_path):
+    assert missing_inputs(config(tmp_path, architecture=dict(
+        a=dict(pretrained='google/vit'), b=dict(pretrained=True), c=dict(pretrained=None)))) == []
 
 
 def test_how_to_make_the_data_is_said(tmp_path):

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from mmengine.dist import all_reduce
 from mmengine.model import is_model_wrapper
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_CONSTRUCTORS
 from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ class PolicyOptimWrapper(OptimWrapperDict):
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class PolicyOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+class PolicyOptimWrapperConstructor:
     """Builds the student's wrapper as MMEngine would without a policy, and the policy's beside it.
 
     Usage, in a config whose ``optim_wrapper`` stays as it is otherwise::
@@ -115,10 +116,13 @@ class PolicyOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             constructor='mmkd_plugin.PolicyOptimWrapperConstructor',
             policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))
 
-    Without this constructor, an ``OptimWrapper`` would train the policy with the student's optimiser.
+    A constructor that the config has already, such as MMPretrain's for layer-wise learning rates, goes into
+    ``student_constructor``. Without this constructor, an ``OptimWrapper`` would train the policy with the student's
+    optimiser.
 
     Args:
-        optim_wrapper_cfg: of the student's wrapper; ``policy`` is the policy's optimiser, by default as above.
+        optim_wrapper_cfg: of the student's wrapper; ``policy`` is the policy's optimiser, by default as above, and
+            ``student_constructor`` builds the student's, by default ``DefaultOptimWrapperConstructor``.
         paramwise_cfg: of the student.
 
     Raises:
@@ -128,7 +132,9 @@ class PolicyOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
         self.policy_cfg = optim_wrapper_cfg.pop('policy', None) or dict(type='Adam', lr=1e-3, betas=(0.5, 0.999))
-        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        constructor = optim_wrapper_cfg.pop('student_constructor', None) or 'DefaultOptimWrapperConstructor'
+        self.student_constructor = ROOT_CONSTRUCTORS.build(
+            dict(type=constructor, optim_wrapper_cfg=optim_wrapper_cfg, paramwise_cfg=paramwise_cfg))
 
     def __call__(self, model: nn.Module) -> PolicyOptimWrapper:
         model = model.module if is_model_wrapper(model) else model
@@ -142,7 +148,7 @@ class PolicyOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                              f"{type(model).__name__} has no search_policy() that scores draws. Use 'similarity'")
         parameters = [parameter for policy in policies for parameter in policy.parameters()]
         with _without_parameters(policies):
-            student = super().__call__(model)
+            student = self.student_constructor(model)
         optimizer = OPTIMIZERS.build(dict(self.policy_cfg, params=parameters))
         return PolicyOptimWrapper(student, OptimWrapper(optimizer), policies, search_policy)
 

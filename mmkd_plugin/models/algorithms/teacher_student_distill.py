@@ -4,18 +4,22 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmrazor.models.algorithms import SingleTeacherDistill
 from mmrazor.models.utils import add_prefix
 from torch import Tensor, nn
 
+from ...checkpoints.guard import data_only
+from ...checkpoints.initialize import initialize
 from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
 from ...registry import MODELS
 from ..distillers.feature_distiller import exact_zero
 from ..recording import (
     PartialForward,
+    UnknownLayerError,
     check_sources,
     check_wiring,
     keep_statistics,
@@ -23,15 +27,17 @@ from ..recording import (
     write_in_place,
 )
 from .dry_run import dry_run
+from .follow_conversion import FollowConversion
 from .held_out_search import set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
 from .loss_log import ZeroWatch
 from .loss_schedule import build_schedules
 from .renormalize import Renormalize
+from .student_parts import StudentParts
 
 
 @MODELS.register_module()
-class TeacherStudentDistill(SingleTeacherDistill):
+class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     """MMRazor's ``SingleTeacherDistill`` for production: nothing silent, nothing for nothing.
 
     - The teacher is in eval mode, without gradient, and runs no further than
@@ -41,6 +47,8 @@ class TeacherStudentDistill(SingleTeacherDistill):
       normalisation or channel order gets it renormalised.
     - Layers of backbone and neck write in place as they do alone, unless a
       record would change; MMRazor stops them all.
+    - Hooks of the student's config find the student's parts, see :class:`.StudentParts`, and constructors of
+      optimizers its parameters, under their own names.
     - What does not fit is found when the model is built.
 
     Unscoped types within ``distiller`` are MMRazor's.
@@ -56,10 +64,12 @@ class TeacherStudentDistill(SingleTeacherDistill):
         student_ckpt: weights that the student starts from, likewise.
         inherit: names of student modules, such as ``['neck', 'bbox_head']``,
             that start from the teacher's weights where names and shapes agree
-            (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529).
-        allow_random_teacher: whether a teacher without weights is meant.
-        trust_checkpoint: whether both files may run code when they are loaded. By default they are read
-            as data, and one that asks for more is refused.
+            (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529). They do so also after
+            ``load_from`` a checkpoint of the plain student, but not after one of the distillation.
+        allow_random_teacher: whether a teacher without weights is meant. It starts as its own config initialises it.
+        trust_checkpoint: whether weights files may run code when they are loaded: these two, and whatever both
+            models read when they are built and initialised. By default they are read as data, and one that asks
+            for more is refused.
         loss_schedules: by name of a distillation loss or a pattern such as
             ``'loss_amd*'``, the arguments of :class:`LossSchedule`, or a list of them, which multiply.
         data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
@@ -97,19 +107,22 @@ class TeacherStudentDistill(SingleTeacherDistill):
         states_preprocessor = not isinstance(teacher, dict) or bool(
             teacher.get('cfg_path') or teacher.get('data_preprocessor'))
         architecture = build_model('architecture', architecture, trust_checkpoint)
+        random_teacher = isinstance(teacher, dict) and not (teacher_ckpt or teacher.get('pretrained'))
 
         # The student's random start is the one it has when trained alone with the same seed.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), data_only(trust_checkpoint):
             teacher = build_model('teacher', teacher, trust_checkpoint)
             if teacher_ckpt:
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
-            check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
-            check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
             s_layers, t_layers = layers_in_place(architecture), layers_in_place(teacher)  # MMRazor stops them from it
             try:
+                check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
+                check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
                 with DefaultScope.overwrite_default_scope('mmrazor'):
                     super().__init__(architecture=architecture, teacher=teacher, distiller=distiller,
                                      data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+            except UnknownLayerError as error:
+                raise ValueError(error.of_pair(architecture, teacher)) from error
             except AssertionError as error:  # how MMRazor answers a wrong distiller
                 raise ValueError(f'distiller: {error}') from error
             if not self.distiller.deliveries.deliveries:  # what is handed on might be written over
@@ -120,8 +133,15 @@ class TeacherStudentDistill(SingleTeacherDistill):
             self.__dict__['_teacher_forward'] = self._wire_teacher()
 
         if student_ckpt:
-            load_completely(self.student, student_ckpt, 'student_ckpt', trust_checkpoint)
+            try:
+                load_completely(self.student, student_ckpt, 'student_ckpt', trust_checkpoint)
+            except ValueError as error:
+                if 'does not fit' not in str(error):
+                    raise
+                raise ValueError(f'{error}\nIf only a part is meant to fit, as of a student for other classes, give '
+                                 'the file as load_from, which takes the weights of equal name and shape') from error
             self.student._is_init = True
+        self.trust_checkpoint = trust_checkpoint
         self.inherit = check_inherit(inherit, self.student, teacher)
         self.__dict__['_renormalize'] = Renormalize.between(
             self.data_preprocessor, teacher.data_preprocessor) if states_preprocessor else None
@@ -129,7 +149,16 @@ class TeacherStudentDistill(SingleTeacherDistill):
             loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
         self._zero_watch = ZeroWatch()
         self.data_preprocessor.register_forward_pre_hook(set_search_batch_aside)
-        self.register_load_state_dict_post_hook(_refuse_partial_load)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.__dict__['_random_teacher'] = random_teacher
+        self.__dict__['_preprocessor_of_teacher'] = id(teacher.data_preprocessor)
+        self.__dict__['_follow_conversion'] = FollowConversion(self.student, self.distiller.student_recorders)
+        self.__dict__['_passes_for_student'] = True
+
+    @property
+    def optimised_parts(self) -> tuple[nn.Module, nn.Module]:
+        """The student, whose parameter groups are those of its plain training, and what is trained beside it."""
+        return self.student, self.distiller
 
     @property
     def _outside(self) -> list[nn.Module]:
@@ -153,15 +182,24 @@ class TeacherStudentDistill(SingleTeacherDistill):
         return new
 
     def train(self, mode: bool = True) -> 'TeacherStudentDistill':
-        nn.Module.train(self, mode)  # the teacher, outside, stays in eval mode
+        """As ever, but the teacher, outside, stays in eval mode; every loop of MMEngine begins with it."""
+        nn.Module.train(self, mode)
+        self._follow_conversion(self.student)
+        if id(self.teacher.data_preprocessor) != self._preprocessor_of_teacher:
+            raise ValueError('teacher.data_preprocessor: another has taken its place since the model was built, so '
+                             'that the teacher would be shown wrong images. mmrazor.SingleTeacherDistillValLoop does '
+                             "that: set val_cfg.type='mmkd_plugin.TeacherStudentValLoop'")
         return self
 
     def init_weights(self) -> None:
         """Initialises the student as if alone, then the distiller, then what the student inherits."""
         if not self.student.is_init:
-            self.student.init_weights()
-        with torch.random.fork_rng(devices=[]):
+            initialize(self.student, 'architecture', self.trust_checkpoint)
+        with torch.random.fork_rng(devices=[]), data_only(self.trust_checkpoint):
             super().init_weights()
+        if self._random_teacher and not self.teacher.is_init:
+            with torch.random.fork_rng(devices=[]):
+                initialize(self.teacher, 'teacher', self.trust_checkpoint)
         inherit_modules(self.inherit, self.student, self.teacher)
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
@@ -268,8 +306,11 @@ class TeacherStudentDistill(SingleTeacherDistill):
                                       error_msgs)
 
 
-def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
-    """After a load: a checkpoint of the algorithm that fits in part would resume to another training."""
+def _after_load(model: TeacherStudentDistill, incompatible) -> None:
+    """Refuses a checkpoint of the algorithm that fits in part, as it would resume to another training.
+
+    One of the plain student, by ``load_from``, comes after the initialisation, and has overwritten what was inherited.
+    """
     error_msgs, unexpected = model.__dict__.pop('_whole_load')
     missing = [key for key in incompatible.missing_keys if 'num_batches_tracked' not in key]
     if error_msgs is not None and (missing or unexpected or error_msgs):
@@ -277,3 +318,6 @@ def _refuse_partial_load(model: TeacherStudentDistill, incompatible) -> None:
                          'it as model.student_ckpt):\n' + '\n'.join(
             [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
             + error_msgs[:20]))
+    if error_msgs is None and model.inherit and model.is_init and model.training:
+        print_log('inherit: once more, after the student has been loaded.', logger='current')
+        inherit_modules(model.inherit, model.student, model.teacher)

@@ -1,0 +1,50 @@
+"""Validation of the student, with the teacher's figures beside it."""
+from mmengine.model import is_model_wrapper
+from mmengine.runner import ValLoop
+
+from ...models.algorithms import TeacherStudentDistill
+from ...models.recording import undisturbed
+from ...registry import LOOPS
+from ..hooks.check_teacher_hook import evaluate_teacher
+
+
+@LOOPS.register_module()
+class TeacherStudentValLoop(ValLoop):
+    """Validates the student as MMEngine does, and adds the metrics of the teacher as ``teacher.*``.
+
+    The teacher gets its images as in distillation: made by the student's preprocessor, and in the form that the
+    teacher expects. It is frozen, so it is evaluated once, in the first validation. MMRazor's
+    ``SingleTeacherDistillValLoop`` gives it the student's preprocessor, which is wrong for a teacher with another
+    normalisation, and remains in place for the rest of the training.
+
+    Usage::
+
+        val_cfg = dict(type='mmkd_plugin.TeacherStudentValLoop')
+
+    Arguments are those of ``ValLoop``.
+
+    Raises:
+        ValueError: the model has no teacher.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.runner.model
+        self.algorithm = model.module if is_model_wrapper(model) else model
+        if not isinstance(self.algorithm, TeacherStudentDistill):
+            raise ValueError(f'val_cfg.type: {type(self).__name__} evaluates a teacher, got a '
+                             f'{type(self.algorithm).__name__}, expected a TeacherStudentDistill. Take type out')
+        self.teacher_metrics: dict[str, float] | None = None
+
+    def run(self) -> dict:
+        """Launches the validation."""
+        if self.teacher_metrics is None:
+            with undisturbed(self.algorithm):
+                metrics = evaluate_teacher(self.algorithm, self)
+            self.teacher_metrics = {f'teacher.{name}': value for name, value in metrics.items()}
+        evaluate = self.evaluator.evaluate
+        self.evaluator.evaluate = lambda size: {**evaluate(size), **self.teacher_metrics}
+        try:
+            return super().run()
+        finally:
+            del self.evaluator.evaluate
