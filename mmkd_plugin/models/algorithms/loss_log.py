@@ -27,7 +27,7 @@ class ZeroWatch:
         names = tuple(name for name in losses if 'loss' in name and name not in expected_zero)
         if not names:
             return
-        values = torch.stack([_value(losses[name]) for name in names])  # (number of losses, )
+        values = torch.stack([_value(losses[name]) for name in names]).abs_()  # (number of losses, )
         if names != self.names:
             self.names, self.largest, self.seen = names, values, 1
         else:
@@ -45,9 +45,11 @@ class ZeroWatch:
 
 
 def _value(loss: Tensor | list[Tensor]) -> Tensor:
+    """Returns a float32 scalar that is 0 only if the loss is."""
     if isinstance(loss, Tensor):
-        return loss.detach().float().abs().mean()
-    return sum(_value(part) for part in loss)
+        loss = loss.detach().float()
+        return loss if loss.dim() == 0 else loss.abs().mean()
+    return sum(_value(part).abs() for part in loss) if len(loss) > 1 else _value(loss[0])
 
 
 def _compiling() -> bool:
