@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
+from mmkd_plugin.config.input_size import fixed_input_size
 from mmkd_plugin.config.preflight import missing_inputs
 
 
@@ -62,6 +63,8 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmkd_plugin.CheckTeacherHook')]
     if args.trust_checkpoint and 'architecture' in cfg.model:
         cfg.model.trust_checkpoint = True
+    if str(cfg.model.get('type')).endswith('TeacherStudentDistill'):
+        cfg.model.setdefault('input_size', fixed_input_size(cfg))
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume

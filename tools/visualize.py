@@ -105,7 +105,7 @@ def see(model: TeacherStudentDistill, item: dict) -> tuple[Sequence[BaseDataElem
     data = model.data_preprocessor(pseudo_collate([copy.deepcopy(item)]), False)
     inputs, samples = data['inputs'], data['data_samples']
     views = look(model, inputs, samples, tuple(item['inputs'].shape[1:]))
-    teacher, = model.teacher(model.teacher_inputs(inputs, samples), copy.deepcopy(samples), mode='predict')
+    teacher, = model.teacher(*model.teacher_batch(inputs, copy.deepcopy(samples)), mode='predict')
     student, = model.student(inputs, copy.deepcopy(samples), mode='predict')
     return (teacher, student), views
 

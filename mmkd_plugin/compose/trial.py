@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.initialize import forget_weights_files
 from ..models.algorithms import TeacherStudentDistill
 from ..models.algorithms.inherit import num_classes
+from ..models.dummy_input import input_channels
 from .network import IMAGE
 
 DETECTOR_IMAGE = 256  # side in pixels: the deepest level of a pyramid, of stride 128, has more than one cell
@@ -131,8 +132,7 @@ def _synthetic_batch(student: BaseModel, cfg: Config) -> tuple[dict, int]:
     """Returns a batch of two images as a data loader gives it, and their side in pixels."""
     from mmdet.models.detectors import BaseDetector
     classes = min(num_classes(student), default=1)  # things and stuff are counted by heads of their own
-    mean = getattr(student.data_preprocessor, 'mean', None)
-    channels = 3 if mean is None else len(mean)
+    channels = input_channels(student)
     if isinstance(student, BaseDetector):
         from mmdet.testing import demo_mm_inputs
         batch = demo_mm_inputs(

@@ -13,7 +13,7 @@ from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
 from torch import Tensor, nn
 
 from ..compat import StackError
-from ..models.algorithms.renormalize import pixel_statistics, reverses_channels
+from ..models.algorithms.teacher_inputs import pixel_statistics, reverses_channels
 from .cost import RawOutputs
 
 OPSET = 17

@@ -1,19 +1,20 @@
 """Runs a model under MMRazor's recorders, and no further than they read."""
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from mmengine.logging import print_log
 from mmrazor.models.task_modules import ModuleInputsRecorder, ModuleOutputsRecorder, ParameterRecorder, RecorderManager
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..utils import check_dict, closest
+from .dummy_input import dummy_inputs
 
 
 def check_wiring(distiller: dict) -> None:
@@ -150,17 +151,19 @@ class PartialForward:
 @torch.no_grad()
 def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None,
                        to_the_end: bool = False) -> None:
-    """Fills the recorders from one blank image of 224 x 224, in eval mode, to learn shapes at build time.
+    """Fills the recorders from one dummy input, in eval mode, to learn shapes at build time.
 
     What is recorded in the loss only stays empty: a loss would need ground truth. With ``to_the_end`` the model runs
-    to its end, so that every call of a layer is recorded; where it cannot, it stops at the first.
+    to its end, so that every call of a layer is recorded; where it cannot, it stops at the first. The records
+    are on the CPU, where distillers are built, wherever the model is.
     """
     forward = PartialForward(model, recorders, calls or {})
     if to_the_end and forward.mode == 'tensor':
         forward.to_the_end = True
         try:
             with evaluating(model):
-                forward(_blank_image(model), _blank_samples(model))
+                forward(*dummy_inputs(model))
+            change_records(recorders, Tensor.cpu)
             forward.remove()
             return
         except Exception:  # some heads cannot run without ground truth; backbone and neck can
@@ -170,11 +173,19 @@ def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict
     if forward.mode == 'tensor':
         try:
             with evaluating(model):
-                forward(_blank_image(model), _blank_samples(model))
+                forward(*dummy_inputs(model))
         except ValueError:
             if not all('head.' in source for source in forward.silent()):
                 raise
+        change_records(recorders, Tensor.cpu)
     forward.remove()
+
+
+def change_records(recorders: RecorderManager, change: Callable[[Tensor], Tensor]) -> None:
+    """Replaces every recorded tensor, in whatever it is recorded, by what ``change`` makes of it."""
+    for recorder in recorders.recorders.values():
+        if not isinstance(recorder, ParameterRecorder):
+            recorder.data_buffer[:] = tree_map(lambda x: change(x) if torch.is_tensor(x) else x, recorder.data_buffer)
 
 
 def layers_in_place(model: nn.Module) -> list[nn.Module]:
@@ -226,16 +237,11 @@ def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
                 raise ValueError(f'{recorder.source} does not show on a blank image')
         if hooks:
             with evaluating(model):
-                model.extract_feat(_blank_image(model))
+                model.extract_feat(dummy_inputs(model)[0])
     finally:
         for hook in hooks:
             hook.remove()
     return sorted({source for source, x, version in seen if x._version != version})
-
-
-def _blank_image(model: nn.Module) -> torch.Tensor:
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    return next(model.parameters()).new_zeros(1, channels, 224, 224)
 
 
 @contextmanager
@@ -276,11 +282,9 @@ def keep_statistics(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _blank_samples(model: nn.Module) -> list | None:
-    from mmdet.models.detectors import BaseDetector
-    from mmdet.structures import DetDataSample
-    if not isinstance(model, BaseDetector):
-        return None
-    shape = (224, 224)
-    return [DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape,
-                                        batch_input_shape=shape, scale_factor=(1.0, 1.0), img_id=0))]
+@contextmanager
+def random_stream_kept() -> Iterator[None]:
+    """Afterwards torch's random states, of the CPU and of the GPU in use, are as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield

@@ -16,7 +16,7 @@ from mmrazor.models.task_modules import RecorderManager
 from torch import Tensor, nn
 
 from ..models.algorithms import TeacherStudentDistill
-from ..models.algorithms.renormalize import reverses_channels
+from ..models.algorithms.teacher_inputs import reverses_channels
 from ..models.area_detectors.heatmap_anchor import level_stride
 from ..models.losses import AMDLoss, amd_logits
 from ..models.recording import PartialForward
@@ -66,7 +66,7 @@ def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None
     try:
         _record(model.student, distiller.student_recorders, distiller.calls(True), inputs, data_samples)
         _record(model.teacher, distiller.teacher_recorders, distiller.calls(False),
-                model.teacher_inputs(inputs, data_samples), data_samples)
+                *model.teacher_batch(inputs, data_samples))
         for layer in distiller.layers:
             s_maps, t_maps = distiller.maps(layer, True), distiller.maps(layer, False)
             found = getattr(distiller, 'detect_areas', lambda layer: None)(layer) or [None] * len(t_maps)

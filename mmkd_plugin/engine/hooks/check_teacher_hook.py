@@ -96,7 +96,6 @@ def evaluate_teacher(model: TeacherStudentDistill, loop: ValLoop) -> dict[str, f
     for batch in loop.dataloader:
         with autocast(enabled=getattr(loop, 'fp16', False)):
             data = model.data_preprocessor(batch, False)
-            inputs = model.teacher_inputs(data['inputs'], data['data_samples'])
-            outputs = model.teacher(inputs, data['data_samples'], mode='predict')
+            outputs = model.teacher(*model.teacher_batch(data['inputs'], data['data_samples']), mode='predict')
         loop.evaluator.process(data_samples=outputs, data_batch=batch)
     return loop.evaluator.evaluate(len(loop.dataloader.dataset))

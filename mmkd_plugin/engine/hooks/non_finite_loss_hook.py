@@ -76,13 +76,14 @@ class _Step:
     def __init__(self, losses: dict, batch: dict) -> None:
         self.batch = batch
         self.losses = {
-            name: sum(part.detach().float().sum() for part in (value if isinstance(value, (list, tuple)) else [value]))
+            name: [part.detach() for part in (value if isinstance(value, (list, tuple)) else [value])]
             for name, value in losses.items() if 'loss' in name}
-        total = sum(self.losses.values()) if self.losses else torch.zeros(())
-        finite = total.isfinite().float()
+        parts = [part.sum().float() for value in self.losses.values() for part in value]
+        finite = (torch.stack(parts).sum() if parts else torch.zeros(())).isfinite().float()
         all_reduce(finite, 'min')
-        self.finite_flag = finite.to('cpu', non_blocking=True)
-        self.fetched = torch.cuda.Event() if total.is_cuda else None
+        # without pinned memory the copy, asynchronous or not, would wait for the GPU
+        self.finite_flag = torch.empty((), pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
+        self.fetched = torch.cuda.Event() if finite.is_cuda else None
         if self.fetched:
             self.fetched.record()
 
@@ -92,7 +93,7 @@ class _Step:
         return bool(self.finite_flag)
 
     def report(self) -> str:
-        values = {name: float(value) for name, value in self.losses.items()}
+        values = {name: float(sum(part.float().sum() for part in parts)) for name, parts in self.losses.items()}
         broken = ', '.join(f'{name} is {value}' for name, value in values.items() if not math.isfinite(value))
         others = ', '.join(f'{name} {value:.4g}' for name, value in values.items() if math.isfinite(value))
         broken = broken or 'their sum, or a loss of another process, is not finite'

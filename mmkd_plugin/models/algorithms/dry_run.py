@@ -1,42 +1,128 @@
-"""Tries every distillation loss on one blank image, when the model is built."""
+"""Tries every distillation loss on dummy inputs, when the model is built."""
 import logging
+from collections.abc import Callable
 
 import torch
 from mmengine.logging import print_log
 from mmrazor.models.distillers import ConfigurableDistiller
 from torch import Tensor, nn
 
-from ..recording import record_blank_image
+from ..alignment import Alignment, compared_maps, stride_ratio
+from ..dummy_input import dummy_inputs, dummy_size, padded, size_divisor
+from ..recording import PartialForward, change_records, evaluating, record_blank_image
 from .inherit import num_classes
+
+_ODD = (150, 101)  # no multiple of any stride: networks round differently
 
 
 @torch.no_grad()
-def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module) -> dict[str, int]:
-    """Returns how many calls of each recorded layer of the teacher are read.
+def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module,
+            resized: bool) -> tuple[dict[str, int], Alignment]:
+    """Returns how many calls of each recorded layer of the teacher are read, and what brings maps to one size.
 
     Losses that read what is recorded in the loss only (functions, methods), or something other than
     tensors (data samples), are not tried: they would need ground truth.
+
+    Args:
+        resized: whether the teacher sees the batch resized; then its maps are interpolated.
 
     Raises:
         ValueError: a layer does not run, strides differ, a loss or connector
             cannot take what is recorded for it, or logits are of different classes.
     """
-    mappings = distiller.loss_forward_mappings
     calls: dict[bool, dict[str, int]] = {True: {}, False: {}}
-    for record in (record for inputs in mappings.values() for record in inputs.values()):
+    for record in (record for inputs in distiller.loss_forward_mappings.values() for record in inputs.values()):
         counts, name = calls[record['from_student']], record['recorder']
         counts[name] = max(counts.get(name, 1), record.get('record_idx', 0) + 1)
     record_blank_image(student, distiller.student_recorders, calls[True])
     record_blank_image(teacher, distiller.teacher_recorders, calls[False])
     _check_classes(distiller, student, teacher)
+    alignment = _alignment(distiller, student, teacher, resized)
+    alignment()
+    _try_losses(distiller)
+    return calls[False], alignment
+
+
+@torch.no_grad()
+def try_odd_size(distiller: ConfigurableDistiller, student: nn.Module, teacher: PartialForward,
+                 teacher_batch: Callable[[Tensor, list | None], tuple[Tensor, list | None]],
+                 alignment: Alignment) -> None:
+    """Warns where a teacher or a loss fails on an image whose sides are odd, as far as the student's padding leaves.
+
+    What is recorded in the loss only cannot be tried.
+
+    Args:
+        teacher: its forward.
+        teacher_batch: makes the teacher's batch of the student's.
+        alignment: as :func:`dry_run` returns it.
+    """
+    size = padded(_ODD, size_divisor(student))
+    inputs, samples = dummy_inputs(student, size)
+    forward = PartialForward(student, distiller.student_recorders, {})
+    try:
+        if 'loss' in (forward.mode, teacher.mode):
+            return
+        with evaluating(student):
+            forward(inputs, samples)
+    except Exception:  # the student does not take such images: training has none
+        return
+    finally:
+        forward.remove()
+    try:
+        inputs, samples = teacher_batch(inputs, samples)
+        teacher(inputs.to(next(teacher.model.parameters()).device), samples)
+        for recorders in (distiller.student_recorders, distiller.teacher_recorders):
+            change_records(recorders, Tensor.cpu)
+        alignment()
+        _try_losses(distiller)
+    except Exception as error:  # whatever a model answers to an image that it cannot take
+        print_log(f'Distillation fails on an image of {size[0]} x {size[1]}, which the student takes: {error}. If the '
+                  'images of training all have one size, give it as input_size; if the teacher needs another, give '
+                  'that as teacher_input_size.', logger='current', level=logging.WARNING)
+
+
+def _try_losses(distiller: ConfigurableDistiller) -> None:
     training = distiller.training
-    distiller.eval()  # running statistics of connectors are not for blank images
-    for loss, inputs in mappings.items():
-        if all(_is_recorded(distiller, record) for record in inputs.values()):
-            _check_strides(distiller, loss, inputs)
-            _try_loss(distiller, loss, inputs)
-    distiller.train(training)
-    return calls[False]
+    distiller.eval()  # running statistics of connectors are not for dummy inputs
+    try:
+        for loss, inputs in distiller.loss_forward_mappings.items():
+            if all(_is_recorded(distiller, record) for record in inputs.values()):
+                _try_loss(distiller, loss, inputs)
+    finally:
+        distiller.train(training)
+
+
+def _alignment(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module, resized: bool) -> Alignment:
+    """Decides how each pair of maps is brought to one size.
+
+    Maps of different strides are interpolated where the config names two different layers, or the teacher sees the
+    batch resized. A connector brings them together by itself.
+    """
+    images = dummy_size(student), dummy_size(teacher)
+    connected = {_recorder(distiller, record) for inputs in distiller.loss_forward_mappings.values()
+                 for record in inputs.values() if 'connector' in record}
+    pairs = {}
+    for s_place, t_place in compared_maps(distiller):
+        s_size, t_size = (tuple(place.get().shape[2:]) for place in (s_place, t_place))
+        ratio = tuple(stride_ratio(*lengths) for lengths in zip(s_size, t_size, *images))
+        s_layer, t_layer = s_place.recorder.source, t_place.recorder.source
+        if resized:
+            ratio = None
+        elif ratio != (1., 1.):
+            if {s_place.recorder, t_place.recorder} & connected:
+                continue
+            sizes = (f'an image of {images[0][0]} x {images[0][1]} gives maps of {s_size} in the student and {t_size} '
+                     'in the teacher')
+            if s_layer == t_layer:
+                raise ValueError(f'{s_layer}: the strides differ: {sizes}; choose layers of equal stride, or name a '
+                                 'pair (student\'s layer, teacher\'s layer), whose maps are interpolated')
+            if any(t_place == other and ratios != ratio for (_, other), ratios in pairs.items()):
+                raise ValueError(f'{t_layer}: the strides differ: it is compared with maps of several strides, got '
+                                 f'{sizes}, expected one. Record it under a name of its own for each')
+            print_log(f'{s_layer} and {t_layer} have different strides ({sizes}): the teacher\'s map is interpolated '
+                      'to the student\'s size.', logger='current', level=logging.WARNING)
+        pairs[s_place, t_place] = ratio
+    return Alignment(pairs)
 
 
 def _recorder(distiller: ConfigurableDistiller, record: dict):
@@ -55,17 +141,6 @@ def _is_recorded(distiller: ConfigurableDistiller, record: dict) -> bool:
 def _raw(distiller: ConfigurableDistiller, record: dict):
     """Returns what is recorded, before any connector."""
     return distiller.get_record(**{key: value for key, value in record.items() if 'connector' not in key})
-
-
-def _check_strides(distiller: ConfigurableDistiller, loss: str, inputs: dict[str, dict]) -> None:
-    sizes = {True: [], False: []}
-    for record in inputs.values():
-        value = _raw(distiller, record)
-        if isinstance(value, Tensor) and value.dim() == 4 and 'connector' not in record:
-            sizes[record['from_student']].append(tuple(value.shape[2:]))
-    if len(sizes[True]) == len(sizes[False]) == 1 and sizes[True] != sizes[False]:
-        raise ValueError(f'{loss}: the strides differ: an image of 224 x 224 gives maps of {sizes[True][0]} in the '
-                         f'student and {sizes[False][0]} in the teacher; choose layers of equal stride')
 
 
 def _try_loss(distiller: ConfigurableDistiller, loss: str, inputs: dict[str, dict]) -> None:

@@ -17,6 +17,7 @@ from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
 from ...registry import MODELS
 from ..distillers.feature_distiller import exact_zero
+from ..dummy_input import check_size, set_dummy_sizes
 from ..recording import (
     PartialForward,
     UnknownLayerError,
@@ -24,16 +25,18 @@ from ..recording import (
     check_wiring,
     keep_statistics,
     layers_in_place,
+    random_stream_kept,
     write_in_place,
 )
-from .dry_run import dry_run
+from .dry_run import dry_run, try_odd_size
 from .follow_conversion import FollowConversion
 from .held_out_search import set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
 from .loss_log import ZeroWatch
 from .loss_schedule import build_schedules
-from .renormalize import Renormalize
 from .student_parts import StudentParts
+from .teacher_inputs import TeacherInputs
+from .teacher_precision import TeacherPrecision, check_precision
 
 
 @MODELS.register_module()
@@ -43,8 +46,9 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     - The teacher is in eval mode, without gradient, and runs no further than
       its recorders read. It is no submodule: no checkpoint, EMA copy,
       optimiser or parallel wrapper sees it; a resume reads it from its own file.
-    - The student's preprocessor makes the batch. A teacher with another
-      normalisation or channel order gets it renormalised.
+    - The student's preprocessor makes the batch. A teacher with another normalisation, channel order, padding or
+      input size gets it so; maps of equal stride are cropped to their common size.
+    - The teacher runs in half precision where the device is made for it.
     - Layers of backbone and neck write in place as they do alone, unless a
       record would change; MMRazor stops them all.
     - Hooks of the student's config find the student's parts, see :class:`.StudentParts`, and constructors of
@@ -70,6 +74,13 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         trust_checkpoint: whether weights files may run code when they are loaded: these two, and whatever both
             models read when they are built and initialised. By default they are read as data, and one that asks
             for more is refused.
+        teacher_precision: ``'auto'`` is float16 on a GPU (under ``--amp`` its dtype), bfloat16 on a CPU with
+            instructions for it, else float32; or ``'float32'``, ``'bfloat16'`` or ``'float16'``. See
+            :class:`.TeacherPrecision`.
+        teacher_input_size: height and width to which the batch is resized for the teacher; its maps are interpolated
+            to the size of the student's. By default it sees the student's images.
+        input_size: height and width of the student's images, where the data pipeline fixes them: the losses are tried
+            at this size. By default 256 x 256 for detectors, 224 x 224 for others, and an odd size.
         loss_schedules: by name of a distillation loss or a pattern such as
             ``'loss_amd*'``, the arguments of :class:`LossSchedule`, or a list of them, which multiply.
         data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
@@ -88,6 +99,9 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                  inherit: Sequence[str] = (),
                  allow_random_teacher: bool = False,
                  trust_checkpoint: bool = False,
+                 teacher_precision: str = 'auto',
+                 teacher_input_size: int | Sequence[int] | None = None,
+                 input_size: int | Sequence[int] | None = None,
                  loss_schedules: dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None,
                  init_cfg: dict | None = None) -> None:
@@ -96,6 +110,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                              'or allow_random_teacher=True if that is meant')
 
         check_wiring(distiller)
+        check_precision(teacher_precision)
+        input_size, teacher_input_size = (
+            None if size is None else check_size(field, size)
+            for field, size in (('input_size', input_size), ('teacher_input_size', teacher_input_size)))
 
         # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
         if isinstance(architecture, dict):
@@ -110,10 +128,11 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         random_teacher = isinstance(teacher, dict) and not (teacher_ckpt or teacher.get('pretrained'))
 
         # The student's random start is the one it has when trained alone with the same seed.
-        with torch.random.fork_rng(devices=[]), data_only(trust_checkpoint):
+        with random_stream_kept(), data_only(trust_checkpoint):
             teacher = build_model('teacher', teacher, trust_checkpoint)
             if teacher_ckpt:
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
+            set_dummy_sizes(architecture, teacher, input_size, teacher_input_size)
             s_layers, t_layers = layers_in_place(architecture), layers_in_place(teacher)  # MMRazor stops them from it
             try:
                 check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
@@ -130,7 +149,15 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 write_in_place(t_layers, teacher, self.distiller.teacher_recorders)
             del self.teacher  # registered as a submodule by the base class
             self.__dict__['teacher'] = teacher.eval()
-            self.__dict__['_teacher_forward'] = self._wire_teacher()
+            self.__dict__['_teacher_inputs'] = TeacherInputs.between(
+                self.data_preprocessor, (teacher if states_preprocessor else self).data_preprocessor,
+                teacher_input_size)
+            self.__dict__['_teacher_forward'] = TeacherPrecision(
+                self._wire_teacher(bool(teacher_input_size)), teacher_precision)
+            if input_size is None:
+                try_odd_size(self.distiller, self.student, self._teacher_forward.forward, self.teacher_batch,
+                             self._alignment)
+                self._forget_records()
 
         if student_ckpt:
             try:
@@ -143,8 +170,6 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             self.student._is_init = True
         self.trust_checkpoint = trust_checkpoint
         self.inherit = check_inherit(inherit, self.student, teacher)
-        self.__dict__['_renormalize'] = Renormalize.between(
-            self.data_preprocessor, teacher.data_preprocessor) if states_preprocessor else None
         self._schedules = build_schedules(
             loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
         self._zero_watch = ZeroWatch()
@@ -164,17 +189,19 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     def _outside(self) -> list[nn.Module]:
         """Modules that belong to the device, but not to the state, of this one; an EMA copy only borrows them."""
         return [] if self.__dict__.get('_is_copy') else [
-            module for module in (self.__dict__.get('teacher'), self.__dict__.get('_renormalize')) if module]
+            module for module in (self.__dict__.get('teacher'), self.__dict__.get('_teacher_inputs')) if module]
 
     def _apply(self, fn, *args, **kwargs):
         for module in self._outside:
             module._apply(fn, *args, **kwargs)
+        if self._outside:
+            self._teacher_forward.forget()
         return super()._apply(fn, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> 'TeacherStudentDistill':
         """Shares the frozen teacher, so that an EMA copy costs only the student."""
         memo.update({id(self.__dict__[name]): self.__dict__[name]
-                     for name in ('teacher', '_renormalize', '_teacher_forward')})
+                     for name in ('teacher', '_teacher_inputs', '_teacher_forward')})
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -195,10 +222,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         """Initialises the student as if alone, then the distiller, then what the student inherits."""
         if not self.student.is_init:
             initialize(self.student, 'architecture', self.trust_checkpoint)
-        with torch.random.fork_rng(devices=[]), data_only(self.trust_checkpoint):
+        with random_stream_kept(), data_only(self.trust_checkpoint):
             super().init_weights()
         if self._random_teacher and not self.teacher.is_init:
-            with torch.random.fork_rng(devices=[]):
+            with random_stream_kept():
                 initialize(self.teacher, 'teacher', self.trust_checkpoint)
         inherit_modules(self.inherit, self.student, self.teacher)
 
@@ -213,6 +240,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         with self.distiller.student_recorders, self.distiller.deliveries if distilling else nullcontext():
             losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
         if distilling:
+            self.align_records()
             if hasattr(self.distiller, 'prepare_batch'):
                 self.distiller.prepare_batch(batch_inputs, data_samples)
             distilled, expected_zero = self._distill_losses(search_batch)
@@ -227,11 +255,22 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     def _record_teacher(self, batch_inputs: Tensor, data_samples: list | None) -> None:
         with torch.no_grad(), self.distiller.deliveries:
-            self._teacher_forward(self.teacher_inputs(batch_inputs, data_samples), data_samples)
+            self._teacher_forward(*self.teacher_batch(batch_inputs, data_samples))
 
     def teacher_inputs(self, batch_inputs: Tensor, data_samples: list | None) -> Tensor:
         """Returns a batch of the student's preprocessor as the teacher expects it."""
-        return self._renormalize(batch_inputs, data_samples) if self._renormalize else batch_inputs
+        return self._teacher_inputs(batch_inputs, data_samples) if self._teacher_inputs else batch_inputs
+
+    def teacher_batch(self, batch_inputs: Tensor, data_samples: list | None) -> tuple[Tensor, list | None]:
+        """Returns a batch as the teacher expects it, and its samples, which hold the teacher's sizes of the images."""
+        inputs = self.teacher_inputs(batch_inputs, data_samples)
+        if self._teacher_inputs:
+            data_samples = self._teacher_inputs.samples(data_samples, batch_inputs.shape[2:], inputs.shape[2:])
+        return inputs, data_samples
+
+    def align_records(self) -> None:
+        """Brings the recorded maps that a loss compares to one size, after both networks have run."""
+        self._alignment()
 
     def _forget_records(self) -> None:
         """Lets go of the step's features and graph."""
@@ -274,14 +313,20 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                     forward(inputs, data_samples)
             finally:
                 forward.remove()
+            self.align_records()
             return self.distiller.compute_policy_loss()
 
-    def _wire_teacher(self) -> PartialForward:
+    def _wire_teacher(self, resized: bool) -> PartialForward:
         """Returns the part of the teacher that the losses read, after trying them."""
-        calls = dry_run(self.distiller, self.student, self.teacher)
+        calls, self.__dict__['_alignment'] = dry_run(self.distiller, self.student, self.teacher, resized)
         forward = PartialForward(self.teacher, self.distiller.teacher_recorders, calls)
         if forward.silent() or self.distiller.deliveries.deliveries:  # both may only come about in the loss
             forward.mode = 'loss'
+        from mmdet.models.detectors import BaseDetector
+        if resized and forward.mode == 'loss' and isinstance(self.teacher, BaseDetector):
+            raise ValueError('teacher_input_size: what is recorded runs in the teacher\'s loss only, got '
+                             f'{type(self.teacher).__name__}, whose loss reads the boxes of the student\'s images. '
+                             'Record layers outside the loss, or leave teacher_input_size out')
         self._forget_records()
         return forward
 

@@ -23,6 +23,19 @@ def distill(**fields):
                      allow_random_teacher=True, distiller=AMD), **fields)
 
 
+def grey_classifier():
+    model = classifier(8)
+    model['backbone']['in_channels'] = 1
+    model['data_preprocessor'].update(mean=[120.], std=[60.], to_rgb=False)
+    return model
+
+
+def coarse_classifier():
+    model = classifier(8)
+    model['backbone']['strides'] = (1, 2, 4, 1)
+    return model
+
+
 @pytest.fixture
 def teacher_file(build, tmp_path):
     model = build(retinanet(16), seed=7)
@@ -213,7 +226,12 @@ def test_a_teacher_that_does_not_fit_is_refused_with_a_list(build, teacher_file,
     (dict(distiller=dict(AMD, layers=['bbox_head'])), 'did not run bbox_head'),
     (dict(architecture=classifier(8), teacher=classifier(8), distiller=dict(AMD, layers=['head.fc'])),
      r"'head.fc' of the student must put out feature maps.*\(1, 4\)"),
-    (dict(distiller=dict(AMD, layers=[('backbone.layer2', 'backbone.layer3')])), 'strides differ.*28.*14'),
+    (dict(architecture=classifier(8), teacher=coarse_classifier(), distiller=dict(AMD, layers=['backbone.layer3'])),
+     r'backbone.layer3: the strides differ.*224.*\(14, 14\).*\(7, 7\)'),
+    (dict(teacher_precision='half'), "teacher_precision: unknown precision, got 'half', expected one of auto, float32"),
+    (dict(teacher_input_size=100), r'teacher_input_size: not a multiple.*\(100, 100\).*Give \(128, 128\)'),
+    (dict(teacher=grey_classifier(), architecture=classifier(8), distiller=dict(
+        AMD, layers=['backbone.layer3'])), 'teacher: .*1 channel.*3'),
     (dict(teacher=retinanet(16, levels=3)), '4 feature maps.*3'),
     (dict(distiller=dict(AMD, amd=dict(margin=-1))), 'margin.*-1'),
     (dict(loss_schedules={'loss_amd_nekc*': dict(end=5)}), "no distillation loss.*loss_amd_neck_0"),
@@ -325,7 +343,7 @@ def test_the_batch_is_renormalised_for_a_teacher_of_another_convention(build):
     model.teacher.backbone.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     losses_of(model, batch)
     torch.testing.assert_close(given[0], expected, atol=1e-4, rtol=1e-5)
-    assert build(distill()).__dict__['_renormalize'] is None
+    assert build(distill()).__dict__['_teacher_inputs'] is None
 
 
 def test_mixup_of_the_student_is_kept(build):

@@ -1,0 +1,34 @@
+"""The size of the training images, where a data pipeline fixes it."""
+from mmengine.config import Config
+
+_VARIES = ('ResizeEdge', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'Mosaic', 'RandomAffine')
+_FIXES = {'RandomResizedCrop': 'scale', 'EfficientNetRandomCrop': 'scale', 'CenterCrop': 'crop_size',
+          'EfficientNetCenterCrop': 'crop_size', 'Resize': 'scale', 'Pad': 'size'}
+
+
+def fixed_input_size(cfg: Config) -> tuple[int, int] | None:
+    """Returns height and width of the images that the training pipeline of ``cfg`` makes; None where they vary.
+
+    The last transform that decides it counts. A resize that keeps the ratio of the sides fixes nothing, and neither
+    does a random crop of MMDetection, whose images may be smaller.
+    """
+    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or {}
+    while not dataset.get('pipeline') and (dataset.get('dataset') or dataset.get('datasets')):
+        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    found = None
+    for transform in dataset.get('pipeline') or []:
+        scope, _, kind = str(transform.get('type')).rpartition('.')
+        if kind in _VARIES or kind == 'Resize' and transform.get('keep_ratio'):
+            found = None
+        elif kind == 'RandomCrop':
+            found = _size(transform.get('crop_size')) if (scope or cfg.get('default_scope')) == 'mmpretrain' else None
+        elif kind in _FIXES and transform.get(_FIXES[kind]):
+            found = _size(transform[_FIXES[kind]])
+    return found
+
+
+def _size(scale: int | tuple[int, int]) -> tuple[int, int] | None:
+    """Returns a pipeline's (width, height), or side, as (height, width)."""
+    if isinstance(scale, (list, tuple)):
+        return (scale[1], scale[0]) if len(scale) == 2 and all(isinstance(x, int) for x in scale) else None
+    return (scale, scale) if isinstance(scale, int) else None

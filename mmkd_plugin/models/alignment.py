@@ -1,0 +1,138 @@
+"""Brings a map of the student and one of the teacher to one size, cell on cell.
+
+Maps of equal stride differ in size where the networks pad differently: by their preprocessors (to multiples of 32,
+or not), or by rounding (a ResNet rounds up, a ConvNeXt down). The upper left cells still cover the same pixels, so
+the larger map is cropped at the bottom and at the right; interpolation would shift every cell. Only maps of
+different strides are interpolated.
+
+Letters: N images, C channels of the student, D of the teacher, H x W cells.
+"""
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from mmrazor.models.distillers import ConfigurableDistiller
+from mmrazor.models.task_modules import ParameterRecorder
+from mmrazor.models.task_modules.recorder.base_recorder import BaseRecorder
+from torch import Tensor
+
+Ratio = tuple[float, float]  # teacher's stride over student's, vertically and horizontally
+
+
+def crop_to_common(s_map: Tensor, t_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Crops maps of equal stride, (N, C, H, W) and (N, D, H', W'), at the bottom and the right to the smaller size."""
+    size = tuple(min(lengths) for lengths in zip(s_map.shape[2:], t_map.shape[2:]))
+    return tuple(x if x.shape[2:] == size else x[:, :, :size[0], :size[1]].contiguous() for x in (s_map, t_map))
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolates a map (N, C, H, W) to ``size`` (h, w), bilinearly; a smaller one averages what it leaves out."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x.float(), tuple(size), mode='bilinear', antialias=True).to(x.dtype)
+
+
+def stride_ratio(s_cells: int, t_cells: int, s_pixels: int, t_pixels: int) -> float:
+    """Returns the teacher's stride over the student's along one axis, from the lengths of a map and of its image.
+
+    It is 1 where a power of two explains both lengths, one network rounding up and the other down.
+    """
+    if s_pixels * t_cells == t_pixels * s_cells:
+        return 1.
+    least = max(s_pixels / (s_cells + 1), t_pixels / (t_cells + 1))
+    most = min(s_pixels / max(s_cells - 1, 1e-6), t_pixels / max(t_cells - 1, 1e-6))
+    stride = 2.**(math.floor(math.log2(least)) + 1)  # the first power of two above the least that both allow
+    return 1. if stride < most else (t_pixels / t_cells) / (s_pixels / s_cells)
+
+
+class Place(NamedTuple):
+    """Where a map is recorded: the call of the recorder's source, then indices into what the call put out."""
+    recorder: BaseRecorder
+    path: tuple[int, ...]
+
+    def get(self) -> Tensor:
+        value = self.recorder.data_buffer
+        for index in self.path:
+            value = value[index]
+        return value
+
+    def put(self, value: Tensor) -> None:
+        self.recorder.data_buffer[:] = _replaced(self.recorder.data_buffer, self.path, value)
+
+
+def _replaced(values: Sequence, path: Sequence[int], value: Tensor) -> Sequence:
+    items = list(values)
+    items[path[0]] = _replaced(items[path[0]], path[1:], value) if len(path) > 1 else value
+    return type(values)(items)
+
+
+class Alignment:
+    """Aligns, where they are recorded, the maps that losses compare.
+
+    Args:
+        pairs: of places in student and teacher, the ratio by which the teacher's map is enlarged before the larger
+            one is cropped; (1, 1) is cropping alone. None: the teacher's map is interpolated to the size of the
+            student's, for a teacher that sees the whole batch resized.
+    """
+
+    def __init__(self, pairs: Mapping[tuple[Place, Place], Ratio | None]) -> None:
+        self.pairs = dict(pairs)
+
+    def __call__(self) -> None:
+        if all(ratio == (1., 1.) and student.get().shape[2:] == teacher.get().shape[2:]
+               for (student, teacher), ratio in self.pairs.items()):
+            return
+        for teacher, ratio in {teacher: ratio for (_, teacher), ratio in self.pairs.items() if ratio}.items():
+            t_map = teacher.get()
+            teacher.put(resize(t_map, [max(round(cells * r), 1) for cells, r in zip(t_map.shape[2:], ratio)]))
+        changed = True
+        while changed:  # a map may be in several pairs
+            changed = False
+            for (student, teacher), ratio in self.pairs.items():
+                s_map, t_map = student.get(), teacher.get()
+                if s_map.shape[2:] != t_map.shape[2:]:
+                    s_map, t_map = (s_map, resize(t_map, s_map.shape[2:])) if ratio is None else crop_to_common(
+                        s_map, t_map)
+                    student.put(s_map)
+                    teacher.put(t_map)
+                    changed = True
+
+
+def compared_maps(distiller: ConfigurableDistiller) -> list[tuple[Place, Place]]:
+    """Returns the pairs of maps, of student and teacher, that the losses of ``distiller`` compare.
+
+    They are those of the ``layers`` of a :class:`.FeatureDistiller`, and those of each loss that reads one map, or one
+    sequence of maps, of either network. The recorders must be full.
+    """
+    entries = [([distiller.place(layer, level, True)], [distiller.place(layer, level, False)])
+               for layer in getattr(distiller, 'layers', ()) for level in range(len(distiller.maps(layer, True)))]
+    for inputs in distiller.loss_forward_mappings.values():
+        entries.append(tuple([entry for entry in inputs.values() if entry['from_student'] is side]
+                             for side in (True, False)))
+    found = {}
+    for sides in entries:
+        groups = [list(dict.fromkeys(filter(None, (_places(distiller, entry, side) for entry in group))))
+                  for group, side in zip(sides, (True, False))]
+        if [len(group) for group in groups] == [1, 1] and len(groups[0][0]) == len(groups[1][0]):
+            found.update(dict.fromkeys(zip(groups[0][0], groups[1][0])))
+    return list(found)
+
+
+def _places(distiller: ConfigurableDistiller, entry: dict, from_student: bool) -> tuple[Place, ...]:
+    """Returns the places of the maps (N, C, H, W) that an entry of ``loss_forward_mappings`` reads, if it does."""
+    recorder = (distiller.student_recorders if from_student else distiller.teacher_recorders).get_recorder(
+        entry['recorder'])
+    path = (entry.get('record_idx', 0), *([] if entry.get('data_idx') is None else [entry['data_idx']]))
+    if isinstance(recorder, ParameterRecorder) or len(recorder.data_buffer) <= path[0]:
+        return ()
+    value: Any = recorder.data_buffer
+    for index in path:
+        if not isinstance(value, (list, tuple)) or len(value) <= index:
+            return ()
+        value = value[index]
+    if isinstance(value, (list, tuple)):
+        places, maps = [Place(recorder, (*path, level)) for level in range(len(value))], value
+    else:
+        places, maps = [Place(recorder, path)], [value]
+    return tuple(places) if all(isinstance(x, Tensor) and x.dim() == 4 for x in maps) else ()
