@@ -14,6 +14,7 @@ def _child(parent: Registry, location: str) -> Registry:
 
 
 MODELS = _child(root.MODELS, 'models')
+TASK_UTILS = _child(root.TASK_UTILS, 'models')
 DATASETS = _child(root.DATASETS, 'datasets')
 HOOKS = _child(root.HOOKS, 'engine')
 LOOPS = _child(root.LOOPS, 'engine')

@@ -18,6 +18,12 @@ from mmkd_plugin.config.preflight import missing_inputs
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='train config file')
+    add_options(parser)
+    return parser.parse_args()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds all options of this program, but not the config."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go; default work_dirs/CONFIG')
     parser.add_argument('--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
@@ -32,9 +38,6 @@ def parse_args() -> argparse.Namespace:
                         help='override fields of the config, such as train_dataloader.batch_size=4')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -71,8 +74,9 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def main() -> None:
-    args = parse_args()
+def train(args: argparse.Namespace) -> None:
+    """Trains ``args.config`` with the options of :func:`add_options`."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args)
     missing = missing_inputs(cfg, trust_checkpoint=args.trust_checkpoint)
     if missing:
@@ -92,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    train(parse_args())

@@ -14,16 +14,19 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import set_random_seed
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.reading import read_checkpoint
 from mmkd_plugin.deploy.sample_batch import as_tested
 from mmkd_plugin.deploy.student import plain_config
 from mmkd_plugin.models.algorithms import TeacherStudentDistill
+from mmkd_plugin.models.algorithms.inherit import num_classes
 from mmkd_plugin.visualization.distill_pictures import (
     check_drawable,
     draw_predictions,
@@ -60,7 +63,9 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
     items = [read(cfg, path) for path in args.images]
     before = [see(model, item) for item in items]
     load_state_dict(model, content.get('state_dict', content), strict=True)
-    classes = content.get('meta', {}).get('dataset_meta', {}).get('classes')
+    names = content.get('meta', {}).get('dataset_meta', {}).get('classes')
+    same = num_classes(model.teacher) == num_classes(model.student)
+    classes = {'teacher': names if same else None, 'student before': names, 'student after': names}
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for path, item, (start, old) in zip(args.images, items, before):
         image = rgb_image(item, model.data_preprocessor)
@@ -105,9 +110,21 @@ def see(model: TeacherStudentDistill, item: dict) -> tuple[Sequence[BaseDataElem
     data = model.data_preprocessor(pseudo_collate([copy.deepcopy(item)]), False)
     inputs, samples = data['inputs'], data['data_samples']
     views = look(model, inputs, samples, tuple(item['inputs'].shape[1:]))
-    teacher, = model.teacher(*model.teacher_batch(inputs, copy.deepcopy(samples)), mode='predict')
-    student, = model.student(inputs, copy.deepcopy(samples), mode='predict')
+    teacher = predict(model.teacher, *model.teacher_batch(inputs, samples))
+    student = predict(model.student, inputs, samples)
     return (teacher, student), views
+
+
+def predict(network: BaseModel, inputs: Tensor, samples: list) -> BaseDataElement:
+    """Returns the prediction for one image, whose samples are the student's: a classifier takes its own kind."""
+    from mmpretrain.models.classifiers import BaseClassifier
+    from mmpretrain.structures import DataSample
+    if isinstance(network, BaseClassifier):
+        if not network.with_head:
+            return DataSample()
+        samples = [DataSample(metainfo=sample.metainfo) for sample in samples]
+    prediction, = network(inputs, copy.deepcopy(samples), mode='predict')
+    return prediction
 
 
 if __name__ == '__main__':

@@ -1,17 +1,16 @@
 """Composes a config, tries it, and writes it."""
-import inspect
 import logging
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import HOOKS
 
 from ..checkpoints.guard import data_only
+from ..models.tokens import to_map
+from .building import in_words
 from .network import Network, same_classes, stride
-from .text import Plan, config_text
+from .text import SAME_CHANNELS, Plan, config_text
 from .trial import Trial, try_one_step
 from .wiring import layers_of, propose_inherit, propose_layers
 
@@ -33,7 +32,8 @@ def compose(student: str,
         teacher_ckpt: file or address of the teacher's weights. What is at an
             address is not loaded here: the step has a random teacher.
         out: the file to write, in a directory that is there. It appears whole or not at all.
-        base: of SoKD, one of ``BASES``; by default fitnet for detectors, reviewkd for classifiers.
+        base: of SoKD and of plain feature distillation, one of ``BASES``; by default reviewkd for classifiers, and for
+            detectors pkd where channels agree, else fitnet.
         layers: modules, ``NAME`` or ``STUDENT=TEACHER``; by default those whose strides match.
         overwrite: whether ``out`` may be there.
         trust_checkpoint: as in :class:`.TeacherStudentDistill`, which gets it.
@@ -49,26 +49,30 @@ def compose(student: str,
         raise ValueError(f'out: {out!r} exists; choose another name, or overwrite it with --overwrite')
     if path.suffix != '.py' or not path.parent.is_dir():
         raise ValueError(f'out: expected a .py file in a directory that is there, got {out!r}')
-    if base and method != 'sokd':
-        raise ValueError(f'base: {base!r} is what SoKD builds on; method {method!r} takes none')
+    if base and method == 'amd':
+        raise ValueError(f'base: method amd takes none, got {base!r}. Use --method sokd, or --method feature')
     remote = '://' in teacher_ckpt
     if not remote and not Path(teacher_ckpt).is_file():
         raise ValueError(f'teacher_ckpt: no file {teacher_ckpt!r} in {Path.cwd()}')
-    unfinished = path.with_name(f'{path.stem}.unfinished.py')
+    unfinished = path.with_name(f'{path.stem}.{os.getpid()}.unfinished.py')
     logging.disable(logging.WARNING)  # how each weight was initialised, and what training will say again
     try:
         with data_only(trust_checkpoint, download=False):
-            plan = make_plan(Network(student, 'STUDENT'), Network(teacher, 'TEACHER'), method, teacher_ckpt, path, base,
-                             layers, trust_checkpoint)
+            s_network = Network(student, 'STUDENT')
+            t_network = Network(teacher, 'TEACHER', s_network)
+            plan = make_plan(s_network, t_network, method, teacher_ckpt, path, base, layers, trust_checkpoint)
             unfinished.write_text(config_text(plan))
             cfg = _read(unfinished, student)
-            trial = try_one_step(cfg, random_teacher=remote)
-        _check_hooks(cfg, trial)
+            trial = try_one_step(cfg, s_network, t_network, random_teacher=remote)
         os.replace(unfinished, path)
+    except ValueError:
+        raise
+    except Exception as error:  # a user gets a sentence; what raised it is its __cause__
+        raise ValueError(f'{student!r} and {teacher!r} cannot be composed: {in_words(error)}') from error
     finally:
         unfinished.unlink(missing_ok=True)
         logging.disable(logging.NOTSET)
-    return f'{_report(plan, trial)}\n\n{out}: written. Next: python tools/train.py {out}'
+    return f'{_report(plan, trial, s_network.image)}\n\n{out}: written. Next: python tools/train.py {out}'
 
 
 def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str, out: Path, base: str | None,
@@ -84,40 +88,79 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
     length = {key: value for key, value in student.cfg.train_cfg.items() if key in ('max_epochs', 'max_iters')}
     if not length:
         raise ValueError(f'STUDENT: train_cfg of {student.name!r} has neither max_epochs nor max_iters')
-    if method == 'sokd' and not base:
-        base = 'fitnet' if student.is_detector else 'reviewkd'
     same, remarks, logits, task_loss = same_classes(student, teacher), [], None, None
     if not same:
-        remarks.append(f'The teacher tells other classes apart ({_classes(teacher)}) than the student '
-                       f'({_classes(student)}): only features are distilled, and no head is inherited.')
+        remarks.append(f'The teacher has other classes ({_classes(teacher)}) than the student ({_classes(student)}): '
+                       'only features are distilled, and no head is inherited.')
     elif method == 'amd' and not student.is_detector:
-        unread = [network.name for network in (student, teacher) if not network.logits()]
-        if unread:
-            remarks.append('The logits are not distilled: not exactly one layer of the head feeds a softmax over the '
-                           f'classes in {" and ".join(unread)}.')
+        logits = student.logits(), teacher.logits()
+        if None in logits:
+            unread = [network.name for network, layer in zip((student, teacher), logits) if layer is None]
+            remarks.append('The logits are not distilled: no layer of the head puts out what a softmax cross-entropy '
+                           f'reads in {" and ".join(unread)}.')
+            logits = None
         else:
-            logits = student.logits(), teacher.logits()
             task_loss = None if 'loss' in student.cfg.model.head else type(student.model.head.loss_module).__name__
     if layers:
         pairs = [tuple(layer.split('=')) if '=' in layer else (layer, layer) for layer in layers]
     else:
-        # AMD reads three stages; of SoKD's bases on classifiers FitNet the third of four, the others all four.
-        stages = slice(-3, None) if student.is_detector or method == 'amd' else (
-            slice(-2, -1) if base == 'fitnet' else slice(-4, None))
-        pairs = propose_layers(student, teacher, stages, one_width=method == 'sokd')
+        # FitNet reads the third stage of four, AMD the last three, the others all four.
+        stages = dict(fitnet=slice(-2, -1)).get(base, slice(-3 if method == 'amd' or student.is_detector else -4, None))
+        pairs = propose_layers(student, teacher, stages, one_width=method == 'sokd' or base == 'fitnet')
+    base = _base_for(base, student, teacher, pairs) if method != 'amd' else None
+    remarks += _of_layers(student, teacher, pairs)
     return Plan(
         method=method, base=base,
         student=student.name if '::' in student.name else Path(os.path.relpath(student.name, out.parent)).as_posix(),
         teacher=teacher.name, teacher_ckpt=teacher_ckpt, trust_checkpoint=trust_checkpoint, layers=pairs,
-        strides=[stride(size[0]) for pair in pairs for size in student.sizes(pair[0])],
+        strides=[stride(size[0], student.image) for pair in pairs for size in student.sizes(pair[0])],
         inherit=propose_inherit(student, teacher) if student.is_detector else [],
         logits=logits, task_loss=task_loss, detector=student.is_detector,
         length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks,
         constructor=student.cfg.optim_wrapper.get('constructor'))
 
 
+def _base_for(base: str | None, student: Network, teacher: Network, pairs: Sequence[tuple[str, ...]]) -> str:
+    """Returns the base, by default one that suits the student's task and the channels.
+
+    Raises:
+        ValueError: ``base`` compares channel with channel, and they differ in number.
+    """
+    s_widths, t_widths = ([sorted(network.widths(name)) for name in names]
+                          for network, names in zip((student, teacher), zip(*pairs)))
+    if base is None:
+        return 'reviewkd' if not student.is_detector else 'pkd' if s_widths == t_widths else 'fitnet'
+    if base in SAME_CHANNELS and s_widths != t_widths:
+        raise ValueError(f'base: {base!r} compares channel with channel, but the maps of {_listed(dict(pairs))} have '
+                         f'{_listed(s_widths)} channels in the student and {_listed(t_widths)} in the teacher. Use '
+                         '--base fitnet')
+    return base
+
+
 def _classes(network: Network) -> str:
     return ', '.join(map(str, network.classes)) or 'unknown'
+
+
+def _of_layers(student: Network, teacher: Network, pairs: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns what a user should know of the layers that are compared."""
+    remarks = []
+    for pair in pairs:
+        strides = [[stride(size[0], network.image) for size in network.sizes(name)]
+                   for network, name in zip((student, teacher), pair)]
+        if all(strides) and strides[0] != strides[1]:
+            remarks.append(f'The maps of {pair[0]!r} (stride {_listed(strides[0])}) and of the teacher\'s {pair[1]!r} '
+                           f'(stride {_listed(strides[1])}) differ in size: one is interpolated.')
+    for network, names in zip((student, teacher), zip(*pairs)):
+        flat = sorted({name for name in names if name in network.layers and network.layers[name].flat})
+        if flat:
+            remarks.append(f'With random weights the maps of {_listed(flat)} in {network.name} have the same energy '
+                           'at every position, as after a layer normalisation: AMD and AT, which compare energies, '
+                           'find little there. Choose layers before the normalisation with --layers, or --method sokd.')
+    return remarks
+
+
+def _listed(values: Sequence) -> str:
+    return ', '.join(map(str, values))
 
 
 def _read(unfinished: Path, student: str) -> Config:
@@ -127,20 +170,7 @@ def _read(unfinished: Path, student: str) -> Config:
         raise ValueError(f'STUDENT: {student!r} cannot be inherited: {error}') from error
 
 
-def _check_hooks(cfg: Config, trial: Trial) -> None:
-    """Raises ``ValueError`` for a hook that reaches for a part of the plain model, which is now in ``.student``."""
-    for hook in cfg.get('custom_hooks', []):
-        with HOOKS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-            kind = registry.get(hook['type'])
-        names = set(re.findall(r'\bmodel\.(\w+)', inspect.getsource(kind))) if kind else ()
-        for name in names:
-            if hasattr(trial.model.student, name) and not hasattr(trial.model, name):
-                raise ValueError(f'STUDENT: custom_hooks: {hook["type"]} uses {name!r} of the model, which a '
-                                 'distillation has in model.student: training would stop there. Use a student '
-                                 'without this hook')
-
-
-def _report(plan: Plan, trial: Trial) -> str:
+def _report(plan: Plan, trial: Trial, image: int) -> str:
     model = trial.model
     rows = [('loss', 'student', 'teacher', 'stride', 'channels', 'in one step')]
     for name, loss in trial.losses.items():
@@ -149,8 +179,10 @@ def _report(plan: Plan, trial: Trial) -> str:
             rows.append((name, '', '', '', '', f'{loss:.3g}'))
             continue
         s, t = reading.s_output, reading.t_output
-        rows.append((name, reading.student, reading.teacher, str(stride(s.shape[2], trial.image)) if s.dim() == 4
-                     else '', f'{s.shape[1]}, {t.shape[1]}', f'{loss:.3g}'))
+        channels = ', '.join(str(x.shape[2 if x.dim() == 3 else 1]) for x in (s, t))
+        size = (to_map(s, (image, image)) if s.dim() == 3 else s).shape[2:]
+        rows.append((name, reading.student, reading.teacher, str(stride(size[0], image)) if size else '', channels,
+                     f'{loss:.3g}'))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [f'student: {plan.student} ({type(model.student).__name__})',
              f'teacher: {plan.teacher} ({type(model.teacher).__name__})', '',

@@ -1,133 +1,285 @@
 """A model as the composer sees it: what its backbone and neck put out, and what its head reads."""
 from collections import Counter
+from dataclasses import dataclass
 
+import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS
-from mmrazor.models.task_modules import RecorderManager
 from torch import Tensor, nn
 
-from ..config.cfg_path import build_cfg_path, read_cfg_path
+from ..config.cfg_path import read_cfg_path
 from ..models.algorithms.inherit import num_classes
 from ..models.area_detectors.heatmap_anchor import level_stride
-from ..models.recording import record_blank_image
+from ..models.dummy_input import input_channels
+from ..models.recording import evaluating
+from ..models.tokens import to_map
+from .building import answering, build_random, scope_of
+from .images import image_sides, synthetic_samples
 
-IMAGE = 224  # side of the blank image of record_blank_image
+FLAT = 1e-3  # relative spread of the energy of a map below which it is the same everywhere
+EARLY, DEEP = 0.15, 0.5  # of the modules of a backbone that have run before the output of a layer
 Size = tuple[int, int]  # height and width
 
 
+@dataclass
+class Layer:
+    """What a module puts out for two random images."""
+    name: str
+    maps: list[Tensor]  # (2, C, H, W) each
+    depth: float = 1.0  # part of the modules of its backbone that have run before it ends, 0 to 1
+    tokens: bool = False  # whether it puts out tokens (N, L, C), here as maps
+
+    @property
+    def sizes(self) -> list[Size]:
+        return [tuple(x.shape[2:]) for x in self.maps]
+
+    @property
+    def depends(self) -> bool:
+        """Whether all maps depend on the image: unlike a position embedding, which is the same for both."""
+        return all(float((x[0] - x[1]).abs().max()) > 1e-6 * float(x.abs().max()) for x in self.maps)
+
+    @property
+    def trained(self) -> bool:
+        """Whether all maps depend on a weight that is trained; of a network that ran with gradient."""
+        return all(x.requires_grad for x in self.maps)
+
+    @property
+    def flat(self) -> bool:
+        return any(is_flat(x) for x in self.maps)
+
+
+@torch.no_grad()
+def is_flat(x: Tensor) -> bool:
+    """Whether the energy of a map (N, C, H, W), the sum of squares over channels, is the same at every position.
+
+    With random weights, that is so after a normalisation over channels.
+    """
+    energy = x.float().square().sum(1).flatten(1)
+    return energy.shape[1] > 1 and bool((energy.std(1) < FLAT * energy.mean(1)).all())
+
+
+def _same_storage(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
 class Network:
-    """The model of a config, with random weights, and the feature maps that it makes of one blank image.
+    """The model of a config, with random parameters, and the feature maps that it makes of two random images.
 
     Args:
         name: a library's config (``mmdet::...``) or a file.
         field: begins error messages.
+        student: the network whose images it gets; None if it is the student itself.
 
     Raises:
         ValueError: there is no such config, or it is one of a distillation, or its
-            model is no detector or classifier, or cannot run.
+            model is no detector or classifier, or cannot be built or run.
     """
 
-    def __init__(self, name: str, field: str) -> None:
+    def __init__(self, name: str, field: str, student: 'Network | None' = None) -> None:
         from mmdet.models.detectors import BaseDetector
         from mmpretrain.models.classifiers import BaseClassifier
-        self.name = name
-        self.cfg = read_cfg_path(name, field)
-        if 'architecture' in self.cfg.model:
-            raise ValueError(f'{field}: {name!r} is a distillation already; name the config of the plain model')
-        self.model = build_cfg_path(name, field)
+        self.name, self.field = name, field
+        self.cfg = read_plain(name, field)
+        with answering(f'{field}: {name!r} cannot be built here',
+                       '. It may need a package that is not installed, or a file that is not there'):
+            self.model = build_random(self.cfg.model, scope_of(self.cfg, name))
         if not isinstance(self.model, (BaseDetector, BaseClassifier)):
             raise ValueError(f'{field}: expected a detector of MMDetection or a classifier of MMPretrain, {name!r} is '
-                             f'{type(self.model).__name__}')
+                             f'{type(self.model).__name__}. Name another config')
+        if not isinstance(getattr(self.model, 'backbone', None), nn.Module):
+            raise ValueError(f'{field}: {type(self.model).__name__} of {name!r} has no backbone of its own, it wraps '
+                             'another model. Name a config whose model is that one')
+        with answering(f'{field}: the parameters of {name!r} cannot be initialised'):
+            self.model.init_weights()
         self.is_detector = isinstance(self.model, BaseDetector)
         self.classes = num_classes(self.model)
+        self.is_student = student is None
         self.calls: Counter[str] = Counter()  # how often each module ran
-        self.maps: dict[str, list[Tensor]] = {}  # (1, C, H, W) each, by module, in the order of their last calls
-        if isinstance(getattr(self.model, 'backbone', None), nn.Module):
-            self._look()
+        self.layers: dict[str, Layer] = {}  # by module, in the order of their last calls
+        self.image = self._look_at_some_size(student)
 
-    def _look(self) -> None:
+    def _look_at_some_size(self, student: 'Network | None') -> int:
+        """Returns the side of an image on which the network runs."""
+        sides = [student.image] if student else image_sides(self.cfg, self.is_detector)
+        for side in sides:
+            try:
+                self._look(side)
+                return side
+            except Exception as error:  # of any model
+                failure = error
+        whose = "the student's images" if student else 'random images'
+        with answering(f'{self.field}: {self.name!r} does not run on {whose} of '
+                       f'{" or ".join(f"{side} x {side}" for side in sides)}',
+                       '. Use images of the size that it was made for' if student else ''):
+            raise failure
+
+    def _look(self, side: int) -> None:
+        """Fills ``calls`` and ``layers`` from two random images."""
+        self.calls.clear()
+        self.layers.clear()
+        finished: dict[str, int] = {}
+        leaves = 0
+
         def note(name: str):
             def hook(module: nn.Module, args: tuple, output) -> None:
+                nonlocal leaves
+                leaves += next(module.children(), None) is None
                 self.calls[name] += 1
-                maps = list(output) if isinstance(output, (list, tuple)) else [output]
-                if maps and all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
-                    self.maps[name] = maps
+                finished[name] = leaves
+                self.layers.pop(name, None)
+                outputs = list(output) if isinstance(output, (list, tuple)) else [output]
+                maps = [self._as_map(x, side) for x in outputs]
+                if maps and all(x is not None for x in maps):
+                    self.layers[name] = Layer(name, maps, tokens=any(x.dim() == 3 for x in outputs))
             return hook
 
         hooks = [module.register_forward_hook(note(name)) for name, module in self.model.named_modules()
                  if name.split('.')[0] in ('backbone', 'neck')]
-        end = 'neck' if isinstance(getattr(self.model, 'neck', None), nn.Module) else 'backbone'
-        recorders = RecorderManager(dict(end=dict(type='ModuleOutputs', source=end)))
-        recorders.initialize(self.model)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, input_channels(self.model), side, side, generator=generator)
+        self.model.train()  # some freeze their first stages only there
         try:
-            record_blank_image(self.model, recorders)
-        except RuntimeError as error:
-            raise ValueError(f'{self.name}: {type(self.model).__name__} cannot run on a blank image of '
-                             f'{IMAGE} x {IMAGE}, by which layers are measured: {error}') from error
+            with evaluating(self.model), torch.set_grad_enabled(self.is_student):
+                self.features = self.model.extract_feat(images)
         finally:
             for hook in hooks:
                 hook.remove()
+        total = finished['backbone']
+        for name, layer in self.layers.items():
+            if name.startswith('backbone'):
+                layer.depth = finished[name] / max(total, 1)
+
+    def _as_map(self, x, side: int) -> Tensor | None:
+        """Returns what a module puts out as (2, C, H, W), if it is feature maps or tokens."""
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4) or len(x) != 2 or not x.is_floating_point():
+            return None
+        if x.dim() == 3:
+            try:
+                x = to_map(x, (side, side))
+            except ValueError:
+                return None
+        return x if x.shape[2] == x.shape[3] else None  # (N, H, W, C) is no map
 
     def sizes(self, module: str) -> list[Size]:
         """Returns the size of each map that the module puts out."""
-        return [tuple(x.shape[2:]) for x in self.maps.get(module, [])]
+        return self.layers[module].sizes if module in self.layers else []
+
+    def widths(self, module: str) -> set[int]:
+        """Returns the numbers of channels of its maps."""
+        return {x.shape[1] for x in self.layers[module].maps} if module in self.layers else set()
+
+    def distillable(self, module: str) -> bool:
+        """Whether a module's maps depend on the image and, of the student, on weights that are trained."""
+        layer = self.layers.get(module)
+        return layer is not None and layer.depends and (layer.trained or not self.is_student)
 
     def levels(self) -> dict[Size, str]:
         """Returns, by size, the modules whose only output is a level of the neck."""
         found = {}
-        for level in self.maps.get('neck', []):
-            names = [name for name, maps in self.maps.items()
-                     if len(maps) == 1 and maps[0] is level and self.calls[name] == 1]
+        for level in self.layers['neck'].maps if 'neck' in self.layers else []:
+            names = [name for name, layer in self.layers.items()
+                     if len(layer.maps) == 1 and layer.maps[0] is level and self.calls[name] == 1]
             if names:
                 found[tuple(level.shape[2:])] = min(names, key=lambda name: name.count('.'))
-        return found
+        return {size: name for size, name in found.items() if self.distillable(name)}
 
     def stages(self) -> dict[Size, str]:
         """Returns, by size from shallow to deep, the last of the backbone's outermost modules with such a map.
 
-        One position is no map but a pooled vector.
+        A module counts if its map depends on the image and, in a student, on what is trained. One whose energy is the
+        same everywhere, as after a normalisation, gives way to the one before it. One position is no map but a
+        pooled vector.
         """
-        found = {}
-        for name, maps in self.maps.items():
+        found: dict[Size, str] = {}
+        candidates = {name for name, layer in self.layers.items()
+                      if name.startswith('backbone.') and len(layer.maps) == self.calls[name] == 1
+                      and layer.sizes[0] != (1, 1) and self.distillable(name)}
+        for name, layer in self.layers.items():
             parents = name.split('.')[:-1]
-            inside = any(self.calls['.'.join(parents[:i])] for i in range(2, len(parents) + 1))
-            if not name.startswith('backbone.') or inside or not self.calls[name] == len(maps) == 1:
+            if name not in candidates or any('.'.join(parents[:i]) in candidates for i in range(2, len(parents) + 1)):
                 continue
-            size = tuple(maps[0].shape[2:])
-            passed_on = size in found and self.maps[found[size]][0] is maps[0]  # by an nn.Identity at the end
-            if size != (1, 1) and not passed_on:
-                found[size] = name
-        if len(self.sizes('backbone')) == 1:
+            before = self.layers.get(found.get(layer.sizes[0], ''))
+            passed_on = before and _same_storage(before.maps[0], layer.maps[0])  # by nn.Identity, or a padding of 0
+            if before is None or not passed_on and (before.flat or not layer.flat):
+                found[layer.sizes[0]] = name
+        if len(self.sizes('backbone')) == 1 and self.distillable('backbone'):
             found.setdefault(self.sizes('backbone')[0], 'backbone')
         return dict(sorted(found.items(), reverse=True))
 
     def logits(self) -> str | None:
-        """Returns the layer whose output a softmax over the classes reads; None where there is not exactly one."""
+        """Returns the layer whose output the head's softmax cross-entropy reads; None where there is none.
+
+        It is found by what the loss is called with. A head that scales or adds a margin to what its last layer puts
+        out, such as ArcFace's, has no such layer.
+        """
         head = getattr(self.model, 'head', None)
-        if not isinstance(head, nn.Module) or any(getattr(module, 'use_sigmoid', False) for module in head.modules()):
+        loss = getattr(head, 'loss_module', None)
+        if type(loss).__name__ not in ('CrossEntropyLoss', 'LabelSmoothLoss') or any(
+                getattr(module, 'use_sigmoid', False) for module in loss.modules()):
             return None
-        found = [f'head.{name}' for name, module in head.named_modules()
-                 if isinstance(module, nn.Linear) and [module.out_features] == self.classes]
-        return found[0] if len(found) == 1 else None
+        read, outputs = [], {}
+
+        def note(name: str):
+            def hook(module: nn.Module, args: tuple, output) -> None:
+                outputs[name] = output
+            return hook
+
+        hooks = [module.register_forward_hook(note(f'head.{name}')) for name, module in head.named_modules()
+                 if name and f'{name}.'.split('.')[0] != 'loss_module']
+        hooks.append(loss.register_forward_pre_hook(lambda _, args: read.extend(args[:1])))
+        try:
+            with evaluating(self.model), torch.no_grad():
+                head.loss(self.features, synthetic_samples(self.model, 2))
+        except Exception:  # of any head: one that has no loss has no logits that a loss reads
+            return None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        names = [name for name, output in outputs.items() if read and output is read[0]]
+        return min(names, key=lambda name: name.count('.')) if len(read) == 1 and names else None
 
     def class_names(self) -> tuple[str, ...] | None:
         """Returns the names of the classes of the training data; None where the config does not tell."""
-        dataset = self.cfg.get('train_dataloader', {}).get('dataset', {})
+        dataset = (self.cfg.get('train_dataloader') or {}).get('dataset', {})
         while 'dataset' in dataset or 'datasets' in dataset:  # wrappers such as RepeatDataset and ConcatDataset
             dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
         names = (dataset.get('metainfo') or {}).get('classes')
         if names is None and dataset.get('type'):
             with DATASETS.switch_scope_and_registry(self.cfg.get('default_scope')) as registry:
-                names = getattr(registry.get(dataset['type']), 'METAINFO', {}).get('classes')
+                names = (getattr(registry.get(dataset['type']), 'METAINFO', None) or {}).get('classes')
         return tuple(names) if isinstance(names, (list, tuple)) else None
 
 
+def read_plain(name: str, field: str) -> Config:
+    """Returns the config of a plain model.
+
+    Raises:
+        ValueError: there is no such config, it cannot be read, or it is one of a distillation.
+    """
+    try:
+        cfg = read_cfg_path(name, field)
+    except ValueError:
+        raise
+    except Exception as error:  # of Python in the config
+        with answering(f'{field}: the config {name!r} cannot be read'):
+            raise error
+    if not isinstance(cfg.model, dict):
+        raise ValueError(f'{field}: model of {name!r} must be a dict, got {type(cfg.model).__name__}')
+    if 'architecture' in cfg.model:
+        raise ValueError(f'{field}: {name!r} is a distillation already; name the config of the plain model')
+    if 'teacher_config' in cfg.model:
+        raise ValueError(f'{field}: {name!r} ({cfg.model.get("type")}) has a teacher of its own in teacher_config. '
+                         'Name the config of the plain student')
+    return cfg
+
+
 def same_classes(student: Network, teacher: Network) -> bool:
-    """Whether both tell equally many classes apart and nothing says that these have other names."""
+    """Whether both have equally many classes and nothing says that these have other names."""
     names = student.class_names(), teacher.class_names()
     return student.classes == teacher.classes and (None in names or names[0] == names[1])
 
 
-def stride(length: int, image: int = IMAGE) -> int | float:
+def stride(length: int, image: int) -> int | float:
     """Returns the pixels per cell of a map, whole where they are."""
     pixels = level_stride(image, length)
     return int(pixels) if pixels == int(pixels) else round(pixels, 1)

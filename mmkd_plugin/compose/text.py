@@ -2,8 +2,11 @@
 from dataclasses import dataclass
 from textwrap import wrap
 
-METHODS = dict(amd='AMD', sokd='SoKD')
-BASES = ('fitnet', 'at', 'reviewkd')
+from ..models.distillers.presets import PRESETS
+
+METHODS = dict(amd='AMDDistiller', sokd='SoKDDistiller', feature='FeatureDistiller')
+BASES = tuple(name for name in PRESETS if name != 'crd')  # which needs a data set and its size
+SAME_CHANNELS = ('pkd', 'cwd', 'fbkd')  # bases that compare channel with channel
 _WIDTH = 120
 
 
@@ -11,7 +14,7 @@ _WIDTH = 120
 class Plan:
     """What the config is to say."""
     method: str  # of METHODS
-    base: str | None  # of BASES, for SoKD
+    base: str | None  # of BASES; None for AMD
     student: str  # as _base_ names it
     teacher: str
     teacher_ckpt: str
@@ -30,7 +33,8 @@ class Plan:
 
 def config_text(plan: Plan) -> str:
     """Returns the config as Python."""
-    lines = _comment(f'{METHODS[plan.method]}: {plan.teacher} teaches {plan.student}.')
+    title = METHODS[plan.method].removesuffix('Distiller') + (f' on {plan.base}' if plan.base else '')
+    lines = _comment(f'{title}: {plan.teacher} teaches {plan.student}.')
     for remark in plan.remarks:
         lines += _comment(remark)
     lines += [f'_base_ = [{plan.student!r}]', '']
@@ -44,17 +48,17 @@ def config_text(plan: Plan) -> str:
               f'    teacher=dict(cfg_path={plan.teacher!r}),{_seen_from(plan.teacher)}',
               f'    teacher_ckpt={plan.teacher_ckpt!r},{_seen_from(plan.teacher_ckpt)}']
     if plan.trust_checkpoint:
-        lines.append('    trust_checkpoint=True,  # whatever code the file holds is run')
+        lines.append('    trust_checkpoint=True,  # the file may run code')
     if plan.inherit:
         lines += _list('    inherit=', plan.inherit, "start from the teacher's weights, where shapes agree")
     if plan.base == 'reviewkd':
         end = 'end=1, by_epoch=True' if 'max_epochs' in plan.length else f'end={max(1, _length(plan) // 100)}'
-        lines.append(f"    loss_schedules={{'loss_base*': dict(start_factor=0.0, {end})}},  # a warm-up")
-    lines += ['    distiller=dict(', f"        type='mmkd_plugin.{METHODS[plan.method]}Distiller',"]
+        lines.append(f"    loss_schedules={{'loss_reviewkd*': dict(start_factor=0.0, {end})}},  # a warm-up")
+    lines += ['    distiller=dict(', f"        type='mmkd_plugin.{METHODS[plan.method]}',"]
     layers = [pair[0] if len(set(pair)) == 1 else pair for pair in plan.layers]
     strides = f'stride {", ".join(map(str, plan.strides))}' if plan.strides else ''
     lines += _list('        layers=', layers, strides)
-    lines += _amd(plan) if plan.method == 'amd' else _sokd(plan)
+    lines += dict(amd=_amd, sokd=_sokd, feature=_feature)[plan.method](plan)
     return '\n'.join(line if len(line) <= _WIDTH else f'{line}  # noqa: E501' for line in lines) + '\n'
 
 
@@ -96,22 +100,22 @@ def _amd(plan: Plan) -> list[str]:
             "                preds_T=dict(recorder='logits', from_student=False)))))"]
 
 
+def _feature(plan: Plan) -> list[str]:
+    return [f'        base={plan.base!r}))']
+
+
 def _sokd(plan: Plan) -> list[str]:
-    fitnet = f"type='L2Loss', normalize=False, div_element=True, loss_weight={0.5 if plan.detector else 100.0}"
-    base = dict(
-        fitnet=[f'        base=dict({fitnet}),  # FitNet'],
-        at=["        base=dict(type='ATLoss', loss_weight=1000.0),  # a mean over positions: large maps need more",
-            '        connect=False,  # AT needs no adapter'],
-        reviewkd=["        base=dict(type='mmkd_plugin.ReviewKDLoss'),"])
     unit = 'search_epochs' if 'max_epochs' in plan.length else 'search_iters'
     hook = f"dict(type='mmkd_plugin.FreezePolicyHook', {unit}={max(1, round(_length(plan) / 6))})"
-    dam = "anchor='boxes'" if plan.detector else "anchor='attention', detect_loss_weight=4.0, area_loss_weight=12.0"
-    return [*base[plan.base],
-            '        dafa=dict(beta_init=0.1),',
-            f'        dam=dict({dam})))',
-            'optim_wrapper = dict(',
-            "    constructor='mmkd_plugin.PolicyOptimWrapperConstructor',",
-            *([f"    student_constructor='{plan.constructor}',"] if plan.constructor else []),
-            "    policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))",
+    return [f'        base={plan.base!r}' + ('))' if plan.detector else ','),
+            *([] if plan.detector else ["        dam=dict(anchor='attention')))"]),
+            *_optim_wrapper(plan),
             '# The policy is searched in the first sixth of the training.',
             f'custom_hooks = [{"*_base_.custom_hooks, " if plan.hooks else ""}{hook}]']
+
+
+def _optim_wrapper(plan: Plan) -> list[str]:
+    constructor = "constructor='mmkd_plugin.PolicyOptimWrapperConstructor'"
+    if not plan.constructor:
+        return [f'optim_wrapper = dict({constructor})']
+    return ['optim_wrapper = dict(', f'    {constructor},', f'    student_constructor={plan.constructor!r})']

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from ..checkpoints.initialize import forget_weights_files
 from ..models.algorithms import TeacherStudentDistill
-from ..models.algorithms.inherit import num_classes
-from ..models.dummy_input import input_channels
-from .network import IMAGE
+from ..models.tokens import to_map
+from .building import answering, build_random, scope_of
+from .images import synthetic_batch
+from .network import Network, is_flat
 
-DETECTOR_IMAGE = 256  # side in pixels: the deepest level of a pyramid, of stride 128, has more than one cell
 _NOTHING = 1e-9  # a distillation loss below it is nothing but rounding
 
 
@@ -25,7 +23,7 @@ class Reading:
     """What one distillation loss compares."""
     student: str  # module
     teacher: str
-    s_output: Tensor  # (N, C, H, W), or logits (N, classes)
+    s_output: Tensor  # (N, C, H, W), tokens (N, L, C) or logits (N, classes)
     t_output: Tensor
 
 
@@ -35,14 +33,14 @@ class Trial:
     model: TeacherStudentDistill
     losses: dict[str, float]  # the distillation's, weighted, by name
     readings: dict[str, Reading]  # of those losses that compare two layers
-    image: int  # side, in pixels
 
 
-def try_one_step(cfg: Config, random_teacher: bool) -> Trial:
+def try_one_step(cfg: Config, student: Network, teacher: Network, random_teacher: bool) -> Trial:
     """Trains the model of ``cfg`` for one step on synthetic data, and downloads nothing.
 
     Args:
         cfg: the composed config.
+        student, teacher: whose configs are in it. The model of ``teacher`` is used.
         random_teacher: whether to leave the teacher's weights out.
 
     Raises:
@@ -55,23 +53,23 @@ def try_one_step(cfg: Config, random_teacher: bool) -> Trial:
         cfg.model.pop('teacher_ckpt')
         cfg.model.allow_random_teacher = True
     if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        cfg.model.architecture.setdefault('data_preprocessor', cfg.data_preprocessor)
     (cfg.model.architecture.get('data_preprocessor') or {}).pop('batch_augments', None)  # a detector's: other sizes
     hub = MessageHub.get_instance('compose_config')
-    hub.update_info_dict(dict(iter=0, epoch=0))  # some heads ask
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        model = MODELS.build(cfg.model)
-        for network in (model.student, model.teacher):
-            forget_weights_files(network)  # which may not be here, nor fit
-        return _step(model, cfg)
+    hub.update_info_dict(dict(iter=0, epoch=0, max_iters=100, max_epochs=100))  # some heads ask
+    architecture = build_random(cfg.model.architecture, scope_of(cfg))
+    model = {key: value for key, value in cfg.model.items() if key not in ('architecture', 'teacher')}
+    with DefaultScope.overwrite_default_scope(scope_of(cfg)):
+        built = MODELS.build(dict(model, architecture=architecture, teacher=teacher.model))
+        return _step(built, cfg, student.image)
 
 
-def _step(model: TeacherStudentDistill, cfg: Config) -> Trial:
-    outputs: dict[tuple[bool, str], list[Tensor]] = {}  # by whether from the student, and recorder
+def _step(model: TeacherStudentDistill, cfg: Config, image: int) -> Trial:
+    outputs: dict[tuple[bool, str], list] = {}  # of each call, by whether from the student, and recorder
 
     def note(key: tuple[bool, str]):
         def hook(module: nn.Module, args: tuple, output) -> None:
-            outputs[key] = list(output) if isinstance(output, (list, tuple)) else [output]
+            outputs.setdefault(key, []).append(output)
         return hook
 
     distiller = model.distiller
@@ -83,72 +81,57 @@ def _step(model: TeacherStudentDistill, cfg: Config) -> Trial:
     optim = cfg.optim_wrapper.copy()
     if optim.get('type') == 'AmpOptimWrapper':  # half precision needs a GPU
         optim = {key: value for key, value in optim.items() if key not in ('type', 'loss_scale', 'dtype')}
-    try:
+    with answering('one step on synthetic data fails'):
         model.init_weights()
         model.train()
         wrapper = build_optim_wrapper(model, optim)
-        batch, image = _synthetic_batch(model.student, cfg)
-        losses = model(**model.data_preprocessor(batch, True), mode='loss')
+        batch = model.data_preprocessor(synthetic_batch(model.student, cfg, image), True)
+        outputs.clear()
+        losses = model(**batch, mode='loss')
         total, log = model.parse_losses(losses)
-    except Exception as error:  # what a model can do with a batch is not for us to list
-        raise ValueError(f'one step on synthetic data fails: {type(error).__name__}: {error}') from error
     for name, value in log.items():
         if not value.isfinite():
             raise ValueError(f'{name} is {float(value)} in a step on synthetic data')
 
     readings = {}
     for name, inputs in distiller.loss_forward_mappings.items():
-        s_entry, t_entry = (next(entry for entry in inputs.values() if entry['from_student'] is side)
-                            for side in (True, False))
-        level = t_entry.get('data_idx') or 0
+        entries = [next(entry for entry in inputs.values() if entry['from_student'] is side) for side in (True, False)]
         readings[name] = Reading(
-            *(recorders[entry['from_student']].get_recorder(entry['recorder']).source for entry in (s_entry, t_entry)),
-            *(outputs[entry['from_student'], entry['recorder']][level] for entry in (s_entry, t_entry)))
+            *(recorders[entry['from_student']].get_recorder(entry['recorder']).source for entry in entries),
+            *(_read(outputs[entry['from_student'], entry['recorder']], entry) for entry in entries))
     distilled = {name.removeprefix('distill.'): value for name, value in losses.items() if name.startswith('distill.')}
-    features = [x for (from_student, _), maps in outputs.items() if from_student for x in maps if x.requires_grad]
+    features = [x for (from_student, _), calls in outputs.items() if from_student for output in calls
+                for x in (output if isinstance(output, (list, tuple)) else [output])
+                if isinstance(x, Tensor) and x.requires_grad]
     for name, value in distilled.items():
         _check(name, value, features, readings.get(name))
-    wrapper.update_params(total)
-    return Trial(model, {name: float(value) for name, value in distilled.items()}, readings, image)
+    with answering('the optimiser fails in a step on synthetic data'):
+        wrapper.update_params(total)
+    return Trial(model, {name: float(value) for name, value in distilled.items()}, readings)
+
+
+def _read(calls: list, entry: dict) -> Tensor:
+    output = calls[entry.get('record_idx') or 0]
+    return output[entry.get('data_idx') or 0] if isinstance(output, (list, tuple)) else output
 
 
 def _check(name: str, loss: Tensor, features: list[Tensor], reading: Reading | None) -> None:
     if name.startswith(('loss_aug', 'loss_align')):  # these are for the policy and the adapter
         return
-    if reading and reading.s_output[0, 0].numel() == 1 and reading.s_output.dim() == 4:
+    outputs = [reading.s_output, reading.t_output] if reading else []
+    if any(x.dim() == 4 and x[0, 0].numel() == 1 for x in outputs):
         return  # a level of one cell, where some losses have nothing to compare
+    where = f'{reading.student!r} and {reading.teacher!r}' if reading else 'its layers'
+    what = f'{reading.student!r} depends' if reading else 'its layers depend'
+    dead = f'{name} does not reach the student: {what} on no weight that is trained. Name others with --layers'
+    if outputs and not outputs[0].requires_grad:
+        raise ValueError(dead)
+    if any(is_flat(to_map(x) if x.dim() == 3 else x) for x in outputs if x.dim() > 2):
+        return  # with random weights there is nothing to compare, of which a remark tells
     if loss.abs() < _NOTHING:
-        where = f'{reading.student!r} and {reading.teacher!r}' if reading else 'its layers'
         raise ValueError(f'{name} is {float(loss):.1g} in a step on synthetic data: it finds nothing to compare in '
                          f'{where}. Name others with --layers')
     gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True) if (
         features and loss.requires_grad) else []
     if not any(gradient is not None and gradient.any() for gradient in gradients):
-        what = f'{reading.student!r} depends' if reading else 'its layers depend'
-        raise ValueError(f'{name} does not reach the student: {what} on no weight that is trained')
-
-
-def _synthetic_batch(student: BaseModel, cfg: Config) -> tuple[dict, int]:
-    """Returns a batch of two images as a data loader gives it, and their side in pixels."""
-    from mmdet.models.detectors import BaseDetector
-    classes = min(num_classes(student), default=1)  # things and stuff are counted by heads of their own
-    channels = input_channels(student)
-    if isinstance(student, BaseDetector):
-        from mmdet.testing import demo_mm_inputs
-        batch = demo_mm_inputs(
-            2, [(channels, DETECTOR_IMAGE, DETECTOR_IMAGE)] * 2, num_items=[2, 2], num_classes=max(classes, 2),
-            with_mask=_loads(cfg.train_dataloader, 'with_mask'), with_semantic=_loads(cfg.train_dataloader, 'with_seg'))
-        for sample in batch['data_samples']:
-            sample.gt_instances.labels.clamp_(max=classes - 1)
-        return batch, DETECTOR_IMAGE
-    from mmpretrain.structures import DataSample
-    return dict(inputs=torch.randint(0, 256, (2, channels, IMAGE, IMAGE), dtype=torch.uint8),
-                data_samples=[DataSample().set_gt_label(i % classes) for i in range(2)]), IMAGE
-
-
-def _loads(node: dict | list, flag: str) -> bool:
-    """Whether a data pipeline within ``node`` loads such annotations."""
-    if isinstance(node, dict) and str(node.get('type')).endswith('Annotations'):
-        return node.get(flag, 'Panoptic' in str(node.type))
-    return any(_loads(child, flag) for child in (node.values() if isinstance(node, dict) else node)
-               if isinstance(child, (dict, list)))
+        raise ValueError(dead)

@@ -1,54 +1,74 @@
 """Which layers of two networks belong together, and what one may start from the other's weights."""
+import math
+from itertools import product
+
 from torch import nn
 
 from ..models.algorithms.inherit import num_classes
-from .network import Network, same_classes, stride
+from .network import DEEP, EARLY, Network, same_classes, stride
 
 
 def propose_layers(student: Network, teacher: Network, stages: slice, one_width: bool) -> list[tuple[str, str]]:
     """Returns pairs (student's, teacher's) of modules whose maps have the same strides.
 
-    The whole neck if all its levels agree, else those of its levels that do, else
-    stages of the backbone, else the whole backbone.
+    The whole neck if all its levels agree, else those of its levels that do, else stages of the backbone, else the
+    whole backbone. Every map depends on the image, and in the student on weights that are trained. Stages
+    are not from the first layers, and the last of them is deep. Where no stride agrees, the
+    deep stages of the nearest strides are paired, whose maps differ in size.
 
     Args:
         stages: which of the stages in common, from shallow to deep.
         one_width: whether all maps of a module must have the same channels.
 
     Raises:
-        ValueError: nothing agrees; lists what there is.
+        ValueError: one of the networks has no feature maps.
     """
     def agree(module: str) -> bool:
         if not student.sizes(module) or student.sizes(module) != teacher.sizes(module):
             return False
-        return not one_width or all(len({x.shape[1] for x in network.maps[module]}) == 1
-                                    for network in (student, teacher))
+        if not (student.distillable(module) and teacher.distillable(module)):
+            return False
+        return not one_width or all(len(network.widths(module)) == 1 for network in (student, teacher))
 
     if agree('neck'):
         return [('neck', 'neck')]
-    for s_found, t_found, wanted in ((student.levels(), teacher.levels(), slice(None)),
-                                     (student.stages(), teacher.stages(), stages)):
-        common = [size for size in s_found if size in t_found]
-        if common:
-            return [(s_found[size], t_found[size]) for size in common[wanted] or common]
+    s_found, t_found = student.levels(), teacher.levels()
+    common = [size for size in s_found if size in t_found]
+    if common:
+        return [(s_found[size], t_found[size]) for size in common]
+    s_found, t_found = student.stages(), teacher.stages()
+    common = [size for size in s_found if size in t_found and _depth(student, teacher, s_found, t_found, size) > EARLY]
+    if common and _depth(student, teacher, s_found, t_found, common[-1]) > DEEP:
+        return [(s_found[size], t_found[size]) for size in common[stages] or common]
     if agree('backbone'):
         return [('backbone', 'backbone')]
-    raise ValueError(f'layers: no stride in common: {_strides_of(student)}; {_strides_of(teacher)}. '
+    s_deep, t_deep = ([size for size in found if network.layers[found[size]].depth > DEEP]
+                      for network, found in ((student, s_found), (teacher, t_found)))
+    if s_deep and t_deep:
+        nearest = min(product(reversed(s_deep), reversed(t_deep)), key=lambda sizes: abs(math.log(
+            sizes[0][0] / sizes[1][0])))
+        return [(s_found[nearest[0]], t_found[nearest[1]])]
+    raise ValueError(f'layers: no feature maps to compare: {_strides_of(student)}; {_strides_of(teacher)}. '
                      'Name pairs with --layers STUDENT=TEACHER')
+
+
+def _depth(student: Network, teacher: Network, s_found: dict, t_found: dict, size: tuple[int, int]) -> float:
+    return min(student.layers[s_found[size]].depth, teacher.layers[t_found[size]].depth)
 
 
 def _strides_of(network: Network) -> str:
     found = {**network.stages(), **network.levels()}
-    given = ', '.join(f'{stride(size[0])} ({name})' for size, name in found.items())
+    given = ', '.join(f'{stride(size[0], network.image)} ({name})' for size, name in found.items())
+    trained = ' and trains it' if network.is_student else ''
     return f'{network.name} has feature maps of stride {given}' if given else (
-        f'{network.name} has no module that puts out feature maps (N, C, H, W), its backbone is '
-        f'{type(getattr(network.model, "backbone", None)).__name__}')
+        f'{network.name} has no module that puts out feature maps (N, C, H, W) or tokens (N, L, C) that depend on the '
+        f'image{trained}; its backbone is {type(network.model.backbone).__name__}')
 
 
 def propose_inherit(student: Network, teacher: Network) -> list[str]:
     """Returns modules beside the backbone that may start from the teacher's weights.
 
-    They must be of one class, and tell the same classes apart. All serve the heads, so one head must be of one
+    They must be of one class, and have the same classes. All serve the heads, so one head must be of one
     class; and the levels of a neck must have the same strides. Of what remains, a module whose layers are the
     teacher's, in the same shapes, is named whole, else its children of which this holds. Of a part of the
     neck, more than half of the layers are enough: one may read a wider backbone.

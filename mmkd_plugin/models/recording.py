@@ -66,7 +66,7 @@ def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: st
     """
     for name, recorder in (recorders or {}).items():
         kind, source = str(recorder.get('type')).split('.')[-1], recorder.get('source')
-        if kind in ('ModuleOutputs', 'ModuleInputs'):
+        if kind in ('ModuleOutputs', 'MapOutputs', 'ModuleInputs'):
             known = [name for name, _ in model.named_modules()]  # '' is the model itself
         elif kind == 'Parameter':
             known = [name for name, _ in model.named_parameters()]

@@ -202,23 +202,28 @@ def _draw_boxes(axes: Axes, view: MapView) -> None:
     axes.set_xlabel(f'highest score {best:.2f}', fontsize='small')
 
 
-def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement], classes: Sequence[str] | None,
-                     score: float = 0.3) -> np.ndarray:
-    """Draws what each model says of an (H, W, 3) image, side by side: boxes, or the five highest class scores.
+def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement],
+                     classes: dict[str, Sequence[str] | None], score: float = 0.3) -> np.ndarray:
+    """Draws what each model predicts for an (H, W, 3) image, side by side: boxes, or the five highest class scores.
 
     Args:
         image: as the models got it, but for padding and normalisation.
         predictions: by the name of the model.
-        classes: their names; None numbers them.
+        classes: their names, by the name of the model; None numbers them.
         score: below it a box is left out.
     """
     height, width = image.shape[:2]
     panel = 3.6, 3.6 * min(max(height / width, 0.4), 2)
     figure = Figure((panel[0] * len(predictions), panel[1] + 0.5), dpi=100, layout='constrained')
     for axes, (name, sample) in zip(figure.subplots(1, len(predictions), squeeze=False)[0], predictions.items()):
-        if 'pred_instances' not in sample:
-            _draw_scores(axes, sample.pred_score, classes)
+        names = classes.get(name)
+        if 'pred_score' in sample:
+            _draw_scores(axes, sample.pred_score, names)
             axes.set_title(name, fontsize='small')
+            continue
+        if 'pred_instances' not in sample:  # several tasks, a panoptic segmentation, a network without a head
+            axes.set_title(f'{name}: no boxes and no class scores', fontsize='small')
+            axes.set_axis_off()
             continue
         axes.imshow(image)
         found = sample.pred_instances[sample.pred_instances.scores > score].cpu()
@@ -226,7 +231,7 @@ def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement],
         for (x1, y1, x2, y2), label, value in zip(found.bboxes.numpy() * scale, found.labels.tolist(),
                                                   found.scores.tolist()):
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime'))
-            axes.text(x1, y1, f'{classes[label] if classes else label} {value:.2f}', fontsize='x-small', va='bottom',
+            axes.text(x1, y1, f'{names[label] if names else label} {value:.2f}', fontsize='x-small', va='bottom',
                       bbox=dict(facecolor='lime', pad=0.5, linewidth=0))
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
         axes.set_title(f'{name}: {len(found)} above {score}', fontsize='small')

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import classifier, retinanet
 from mmengine.config import Config
-from mmengine.registry import HOOKS
 
 from mmkd_plugin.compose import compose
+from mmkd_plugin.compose.building import in_words
 from mmkd_plugin.compose.network import Network
 from mmkd_plugin.compose.wiring import propose_inherit, propose_layers
 from mmkd_plugin.config.cfg_path import build_cfg_path
@@ -68,10 +68,9 @@ def written(config):
 def test_it_writes_the_config_that_we_wrote(config, pair, method, tmp_path):
     ours, ckpt = written(config)
     cfg, report, _ = composed(*pair, tmp_path, method, teacher_ckpt=ckpt)
-    ours.pop('sokd', None)  # a part that others of our configs share
-    ours.model.distiller.pop('adapter', None)  # states a default
     if config == 'sokd_resnet_imagenet.py':
         ours.custom_hooks[0].search_epochs = 17  # a sixth of 100; the paper has 5
+        ours.model.distiller.update(base='reviewkd', dam=dict(anchor='attention'))  # without ReviewKD's width there
     assert cfg.to_dict() == ours.to_dict()
     assert f'The step had a random teacher: {ckpt} is fetched' in report
 
@@ -102,8 +101,8 @@ def test_the_students_hooks_and_optimiser_stay(tmp_path):
     base = Config.fromstring(f'_base_ = [{student!r}]', '.py')
     assert cfg.custom_hooks[:-1] == base.custom_hooks and len(base.custom_hooks) == 2
     assert cfg.custom_hooks[-1] == dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=50)
-    assert {**base.optim_wrapper, 'constructor': cfg.optim_wrapper.constructor,
-            'policy': cfg.optim_wrapper.policy} == cfg.optim_wrapper
+    assert {**base.optim_wrapper, 'constructor': 'mmkd_plugin.PolicyOptimWrapperConstructor'} == cfg.optim_wrapper
+    assert cfg.model.distiller.base == 'fitnet'  # of 96 and 128 channels
     assert 'inherit' not in cfg.model and "layers=['neck'],  # stride 8, 16, 32\n" in text
 
 
@@ -114,7 +113,7 @@ def test_a_students_file_is_inherited_from_where_the_config_lies(tmp_path):
     cfg, report, text = composed(student, teacher, tmp_path, 'sokd', base='at', teacher_ckpt=f'{tmp_path}/t.pth')
     assert "_base_ = ['models/s.py']" in text and f'cfg_path={teacher!r}),  # seen from where you run' in text
     assert cfg.model.architecture == Config.fromfile(student).model
-    assert cfg.model.distiller.base == dict(type='ATLoss', loss_weight=1000.0) and not cfg.model.distiller.connect
+    assert cfg.model.distiller.base == 'at'
     assert cfg.model.inherit == ['neck.fpn_convs', 'bbox_head'] and 'random teacher' not in report
     assert f'Next: python tools/train.py {tmp_path}/composed.py' in report
 
@@ -124,12 +123,12 @@ def test_iterations_instead_of_epochs(tmp_path):
     teacher = write(tmp_path / 't.py', retinanet(16))
     cfg, *_ = composed(student, teacher, tmp_path, 'sokd', base='reviewkd')
     assert cfg.custom_hooks == [dict(type='mmkd_plugin.FreezePolicyHook', search_iters=30000)]
-    assert cfg.model.loss_schedules == {'loss_base*': dict(start_factor=0.0, end=1800)}
+    assert cfg.model.loss_schedules == {'loss_reviewkd*': dict(start_factor=0.0, end=1800)}
 
 
 def networks(tmp_path, student, teacher, scope='mmdet', **fields):
-    return [Network(write(tmp_path / f'{name}.py', model, scope, **more), name)
-            for name, model, more in (('s', student, {}), ('t', teacher, fields))]
+    s_network = Network(write(tmp_path / 's.py', student, scope), 'STUDENT')
+    return s_network, Network(write(tmp_path / 't.py', teacher, scope, **fields), 'TEACHER', s_network)
 
 
 def pyramid(start_level, **options):
@@ -181,14 +180,72 @@ def transformer(**options):
             type='mmpretrain.VisionTransformerClsHead', num_classes=4, in_channels=8))
 
 
-def test_tokens_are_no_maps(tmp_path):
-    with pytest.raises(ValueError, match=r'no stride in common: .*s.py has no module that puts out feature maps.*'
-                       r'VisionTransformer; .*t.py has feature maps of stride 2 \(backbone.bn1\), 4 '
-                       r'\(backbone.layer1\),.*--layers'):
-        propose_layers(*networks(tmp_path, transformer(), classifier(8), 'mmpretrain'), slice(-3, None), False)
+def paired(tmp_path, student, teacher, stages=slice(-3, None)):
+    return propose_layers(*networks(tmp_path, student, teacher, 'mmpretrain'), stages, False)
+
+
+def backbone_of(width, **backbone):
+    return dict(classifier(8), backbone=backbone, head=dict(
+        type='mmpretrain.LinearClsHead', num_classes=4, in_channels=width))
+
+
+def test_tokens_are_maps_of_their_stride(tmp_path):
+    assert paired(tmp_path, transformer(), classifier(8)) == [('backbone.layers.0', 'backbone.layer3')]
     maps = transformer(out_type='featmap')
-    assert propose_layers(*networks(tmp_path, maps, classifier(8), 'mmpretrain'), slice(-3, None), False) == [
-        ('backbone', 'backbone.layer3')]
+    assert paired(tmp_path, classifier(8), maps) == [('backbone.layer3', 'backbone.layers.0')]
+
+
+def test_a_position_embedding_is_no_feature(tmp_path):
+    xcit = backbone_of(8, type='mmpretrain.XCiT', embed_dims=8, depth=1, cls_attn_layers=1, num_heads=2, patch_size=16)
+    xcit['neck'] = None
+    xcit['head']['type'] = 'mmpretrain.LinearClsHead'
+    s_network, _ = both = networks(tmp_path, xcit, classifier(8), 'mmpretrain')
+    assert not s_network.layers['backbone.pos_embed'].depends
+    assert propose_layers(*both, slice(-3, None), False) == [('backbone.ca_layers.0', 'backbone.layer3')]
+
+
+def tiny_vit(width):
+    arch = dict(channels=[width, 2 * width, 4 * width, 8 * width], num_heads=[1] * 4, window_sizes=[7, 7, 14, 7],
+                depths=[1] * 4)
+    model = backbone_of(8 * width, type='mmpretrain.TinyViT', arch=arch, gap_before_final_norm=True)
+    model['neck'] = None
+    return model
+
+
+def test_deep_layers_are_compared_and_not_the_stem(tmp_path):
+    names = ['backbone.stages.0', 'backbone.stages.1', 'backbone.stages.3']
+    assert paired(tmp_path, tiny_vit(8), tiny_vit(16)) == [(name, name) for name in names]
+
+
+def test_layers_that_do_not_train_are_skipped(tmp_path):
+    student = classifier(8)
+    student['backbone']['frozen_stages'] = 1
+    assert paired(tmp_path, student, classifier(16), slice(-4, None)) == STAGES[1:]
+    assert paired(tmp_path, classifier(8), student, slice(-4, None)) == STAGES  # a teacher's may be frozen
+
+
+def test_strides_that_agree_nowhere_are_paired_by_the_nearest(tmp_path):
+    patches = transformer()
+    patches['backbone'].update(patch_size=14)
+    assert paired(tmp_path, classifier(8), patches) == [('backbone.layer3', 'backbone.layers.0')]
+
+
+def test_the_logits_are_what_the_loss_reads(tmp_path):
+    arc = dict(classifier(8), head=dict(type='mmpretrain.ArcFaceClsHead', num_classes=4, in_channels=64))
+    smooth, sigmoid, stacked = (classifier(8) for _ in range(3))
+    stacked['head'].update(type='mmpretrain.StackedLinearClsHead', mid_channels=[4])
+    smooth['head']['loss'] = dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1)
+    sigmoid['head']['loss'] = dict(type='mmpretrain.CrossEntropyLoss', use_sigmoid=True)
+    for model, expected in ((classifier(8), 'head.fc'), (smooth, 'head.fc'), (sigmoid, None), (arc, None),
+                            (stacked, 'head.layers.1'), (transformer(), 'head.layers.head')):
+        assert Network(write(tmp_path / 's.py', model, 'mmpretrain'), 'STUDENT').logits() == expected
+
+
+def test_size_of_the_pipeline(tmp_path):
+    dataset = dict(type='CustomDataset', pipeline=[dict(type='RandomResizedCrop', scale=96), dict(type='PackInputs')])
+    config = write(tmp_path / 's.py', classifier(8), 'mmpretrain', train_dataloader=dict(dataset=dataset))
+    network = Network(config, 'STUDENT')
+    assert network.image == 96 and network.sizes('backbone.layer4') == [(3, 3)]
 
 
 def test_what_is_pooled_is_no_map(tmp_path):
@@ -237,7 +294,7 @@ def test_a_module_of_which_half_fits_is_not_worth_a_line(tmp_path):
 def test_features_of_a_teacher_with_other_classes_alone_are_distilled(tmp_path):
     student, teacher = detectors(tmp_path, num_classes=5)
     cfg, report, text = composed(student, teacher, tmp_path)
-    said = 'The teacher tells other classes apart (5) than the student (3): only features are distilled, and no head is'
+    said = 'The teacher has other classes (5) than the student (3): only features are distilled, and no head is'
     assert cfg.model.inherit == ['neck.fpn_convs'] and said in report and f'# {said}' in text
     student = write(tmp_path / 's.py', classifier(8), 'mmpretrain')
     teacher = write(tmp_path / 't.py', classifier(16, num_classes=5), 'mmpretrain')
@@ -246,9 +303,8 @@ def test_features_of_a_teacher_with_other_classes_alone_are_distilled(tmp_path):
     assert cfg.model.architecture.head.loss.loss_weight == 1.0
 
 
-def test_a_head_without_one_layer_of_logits(tmp_path):
-    teacher = classifier(16)
-    teacher['head'] = dict(type='mmpretrain.StackedLinearClsHead', num_classes=4, in_channels=128, mid_channels=[4])
+def test_a_head_that_scales_its_logits(tmp_path):
+    teacher = dict(classifier(16), head=dict(type='mmpretrain.ArcFaceClsHead', num_classes=4, in_channels=128))
     cfg, report, text = composed(write(tmp_path / 's.py', classifier(8), 'mmpretrain'),
                                  write(tmp_path / 't.py', teacher, 'mmpretrain'), tmp_path)
     assert 'The logits are not distilled' in report and '# The logits are not distilled' in text
@@ -277,32 +333,57 @@ model = dict(
     semantic_head=dict(num_things_classes=1, in_channels=16, inner_channels=32))""")
     cfg, report, _ = composed(str(tmp_path / 's.py'), name, tmp_path)
     assert 'loss_amd_neck_4  neck     neck     64      16, 256   ' in report
-    assert 'expects another normalisation' in report and 'The teacher tells other classes apart' in report
+    assert 'expects another normalisation' in report and 'The teacher has other classes' in report
 
 
-class ReachingHook:
-    """What it reaches for is the plain model's alone."""
-
-    def before_train_epoch(self, runner):
-        model = runner.model
-        model.part_of_the_student.use_l1 = True
+def swin(width):
+    return backbone_of(8 * width, type='mmpretrain.SwinTransformer', arch=dict(
+        embed_dims=width, depths=[1] * 4, num_heads=[1] * 4))
 
 
-@pytest.fixture
-def reaching_hook():
-    HOOKS.register_module(module=ReachingHook)
-    yield dict(type='ReachingHook')
-    del HOOKS.module_dict['ReachingHook']
+@pytest.mark.parametrize('flat', ['student', 'teacher'])
+def test_maps_of_the_same_energy_everywhere_are_remarked(flat, tmp_path):
+    models = dict(student=classifier(8), teacher=classifier(8)) | {flat: swin(8)}
+    files = [write(tmp_path / f'{name}.py', model, 'mmpretrain') for name, model in models.items()]
+    layers = dict(student='backbone=backbone.layer4', teacher='backbone.layer4=backbone')[flat]
+    cfg, report, text = composed(*files, tmp_path, layers=[layers])
+    remark = f"maps of backbone in {tmp_path / flat}.py have the same energy at every position"
+    assert remark in report and remark.split(' in ')[0] in text
+    cfg, report, text = composed(*files, tmp_path, overwrite=True)
+    assert 'same energy' not in report  # the stages before the normalisation
 
 
-def test_a_hook_that_reaches_into_the_plain_model(tmp_path, reaching_hook, monkeypatch):
-    student = write(tmp_path / 's.py', retinanet(8), custom_hooks=[reaching_hook])
-    arguments = student, write(tmp_path / 't.py', retinanet(16)), 'amd', ADDRESS, str(tmp_path / 'o.py')
-    compose(*arguments)  # the student has no such part either
-    from mmdet.models import RetinaNet
-    monkeypatch.setattr(RetinaNet, 'part_of_the_student', None, raising=False)
-    with pytest.raises(ValueError, match="ReachingHook uses 'part_of_the_student'.*model.student"):
-        compose(*arguments, overwrite=True)
+def test_norms_of_several_processes_and_several_tasks(tmp_path):
+    student, teacher = retinanet(8), retinanet(16)
+    student['backbone']['norm_cfg'] = dict(type='MMSyncBN', requires_grad=True)
+    teacher['backbone']['norm_cfg'] = dict(type='SyncBN', requires_grad=True)
+    cfg, *_ = composed(write(tmp_path / 's.py', student), write(tmp_path / 't.py', teacher), tmp_path)
+    assert cfg.model.architecture.backbone.norm_cfg.type == 'MMSyncBN'
+    tasks = dict(classifier(8), head=dict(
+        type='mmpretrain.MultiTaskHead', in_channels=64, task_heads={
+            name: dict(type='mmpretrain.LinearClsHead', num_classes=count) for name, count in (('a', 2), ('b', 3))}))
+    cfg, report, _ = composed(write(tmp_path / 's.py', tasks, 'mmpretrain'),
+                              write(tmp_path / 't.py', classifier(8), 'mmpretrain'), tmp_path, overwrite=True)
+    assert 'loss_amd_backbone_layer4' in report and 'other classes (4) than the student (2, 3)' in report
+
+
+def test_a_classifier_teaches_a_detector_and_plain_bases(tmp_path):
+    student, teacher = write(tmp_path / 's.py', retinanet(8)), write(tmp_path / 't.py', classifier(16), 'mmpretrain')
+    cfg, *_ = composed(student, teacher, tmp_path, 'feature', base='mgd')
+    assert cfg.model.distiller == dict(type='mmkd_plugin.FeatureDistiller', base='mgd', layers=[
+        f'backbone.layer{i}' for i in (2, 3, 4)])
+    with pytest.raises(ValueError, match=r"base: 'pkd' compares channel with channel.*\[16\].*--base fitnet"):
+        composed(student, teacher, tmp_path, 'feature', base='pkd', overwrite=True)
+
+
+def test_an_error_without_a_message_says_where():
+    def check():
+        assert not [0]
+    with pytest.raises(AssertionError) as caught:
+        check()
+    caught.value.args = ()
+    assert in_words(caught.value).startswith('AssertionError: in check of test_compose_config.py, line ')
+    assert in_words(KeyError('a\n b')) == "KeyError: 'a\\n b'" and len(in_words(ValueError('x' * 1000))) < 420
 
 
 def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
@@ -328,16 +409,16 @@ def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
     (dict(out='TMP/s.py'), r'out: .*s.py. exists.*--overwrite'),
     (dict(out='TMP/no/o.py'), 'out: expected a .py file in a directory that is there'),
     (dict(out='TMP/o.txt'), 'out: expected a .py file'),
-    (dict(base='fitnet'), "base: 'fitnet' is what SoKD builds on"),
+    (dict(base='fitnet'), "base: method amd takes none, got 'fitnet'"),
     (dict(layers=['nekc']), "layers.*no 'nekc'.*neck"),
-    (dict(layers=['backbone.layer2=backbone.layer3']), 'strides differ.*28.*14'),
-    (dict(layers=['a=b=c']), 'layers must be a list of names, or of pairs'),
+    (dict(layers=['a=b=c']), 'layers: expected a list of names, or of pairs'),
     (dict(layers=['bbox_head']), 'did not run bbox_head'),
     (dict(teacher='TMP/five.py', layers=['bbox_head.retina_cls']), r'\[3\] classes apart, the teacher \[5\]'),
     (dict(student='TMP/frozen.py', layers=['backbone.layer1']),
      "loss_amd_backbone_layer1 does not reach the student: 'backbone.layer1' depends"),
-    (dict(student='TMP/swin.py', teacher='TMP/swin.py'), "loss_amd_backbone is .* nothing to compare in 'backbone'"),
-    (dict(student='TMP/cls.py', teacher='TMP/vit.py'), 'no stride in common.*vit.py has no module.*VisionTransformer'),
+    (dict(student='mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py'), 'STUDENT: .*KnowledgeDistillation.* teacher_config'),
+    (dict(teacher='TMP/timm.py'), 'TEACHER: .*timm.py. cannot be built here: ImportError: TIMMBackbone requires timm'),
+    (dict(teacher='TMP/small.py'), 'TEACHER: .*small.py. does not run on the student.s images of 256 x 256: '),
     (dict(student='TMP/lazy.py'), 'STUDENT: .* cannot be inherited'),
     (dict(student='TMP/broken.py'), 'one step on synthetic data fails: ValueError: avg_factor can not be used'),
 ], ids=lambda value: ' '.join(map(str, value.values())) if isinstance(value, dict) else '')
@@ -346,15 +427,15 @@ def test_mistakes_are_found_and_leave_nothing(change, message, tmp_path, monkeyp
     frozen, broken = retinanet(8), retinanet(8)
     frozen['backbone']['frozen_stages'] = 1
     broken['bbox_head']['loss_bbox'].update(reduction='sum')
-    swin = dict(classifier(8), backbone=dict(
-        type='mmpretrain.SwinTransformer', arch=dict(embed_dims=8, depths=[1] * 4, num_heads=[1] * 4)))
+    timm, small = retinanet(8), backbone_of(8, type='mmpretrain.BEiTViT', img_size=64, arch=dict(
+        embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8))
+    timm['backbone'] = dict(type='mmpretrain.TIMMBackbone', model_name='resnet18')
     write(tmp_path / 'five.py', retinanet(16, num_classes=5), classes='abcde')
     write(tmp_path / 'frozen.py', frozen)
     write(tmp_path / 'broken.py', broken)
     write(tmp_path / 'no_training.py', retinanet(8), train_cfg=None, optim_wrapper=None)
-    write(tmp_path / 'cls.py', classifier(8), 'mmpretrain')
-    write(tmp_path / 'vit.py', transformer(), 'mmpretrain')
-    write(tmp_path / 'swin.py', swin, 'mmpretrain')
+    write(tmp_path / 'timm.py', timm)
+    write(tmp_path / 'small.py', small, 'mmpretrain')
     (tmp_path / 'lazy.py').write_text('from mmdet.models import RetinaNet\n' + Path(student).read_text())
     torch.save(build_cfg_path(student, '').state_dict(), tmp_path / 'other.pth')
     there = sorted(tmp_path.iterdir())
@@ -378,14 +459,16 @@ def test_composed_and_trained_by_command(tmp_path):
 model = dict(backbone=dict(base_channels={width}, stem_channels={width}), head=dict(in_channels={8 * width}))""")
     torch.save(build_cfg_path(str(tmp_path / 't.py'), '').state_dict(), tmp_path / 't.pth')
     out = tmp_path / 'distill.py'
-    command = ('tools/compose_config.py', tmp_path / 's.py', tmp_path / 't.py', '--method', 'sokd', '--base',
-               'reviewkd', '--layers', 'backbone.layer3', 'backbone.layer4=backbone.layer4',
-               '--teacher-ckpt', tmp_path / 't.pth', '-o', out)
-    said = run(*command)
-    assert 'mmengine' not in said and f'{out}: written.' in said  # no chatter of the libraries
-    assert run(*command, ok=False) == (
-        f"compose_config: out: '{out}' exists; choose another name, or overwrite it with --overwrite\n")
+    pair = (tmp_path / 's.py', tmp_path / 't.py', '--method', 'sokd', '--base', 'reviewkd', '--layers',
+            'backbone.layer3', 'backbone.layer4=backbone.layer4', '--teacher-ckpt', tmp_path / 't.pth', '-o', out)
     data = miniature.make_imagenet(tmp_path / 'imagenet')
-    log = run('tools/train.py', out, '--work-dir', tmp_path / 'work', '--cfg-options', 'train_cfg.max_epochs=1',
-              'model.distiller.dam.num_areas=2', 'default_hooks.logger.interval=1', *miniature.imagenet_options(data))
+    said = run('tools/distill.py', *pair, '--work-dir', tmp_path / 'work', '--cfg-options', 'train_cfg.max_epochs=1',
+               'model.distiller.dam.num_areas=2', 'default_hooks.logger.interval=1', *miniature.imagenet_options(data))
+    report, _, log = said.partition(f'{out}: written.')
+    assert 'mmengine' not in report and log  # no chatter of the libraries
     assert 'distill.loss_dam_area_backbone_layer4' in log and 'num_areas=2' in log
+    assert (tmp_path / 'work/epoch_1.pth').is_file()
+    assert run('tools/compose_config.py', *pair, ok=False) == (
+        f"compose_config: out: '{out}' exists; choose another name, or overwrite it with --overwrite\n")
+    other = run('tools/distill.py', *pair[:-1], tmp_path / 'none.py', '--resume', ok=False)
+    assert f"--resume: no config '{tmp_path / 'none.py'}'" in other

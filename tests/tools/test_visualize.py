@@ -46,6 +46,26 @@ def test_a_sheet_of_the_demos_student(tool, data, teacher, tmp_path):  # noqa: F
              f'model.teacher_ckpt={teacher}')
 
 
+@pytest.mark.parametrize('headless', [False, True])
+def test_a_classifier_teaches_the_demos_student(tool, data, tmp_path, headless):  # noqa: F811
+    network = classifier(8)
+    if headless:
+        del network['head']
+    cfg = Config.fromfile('configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py')
+    cfg.model.teacher = network
+    cfg.model.update(teacher_ckpt=None, allow_random_teacher=True, inherit=[])
+    cfg.model.distiller.layers = ['backbone.layer3']
+    config = tmp_path / 'config.py'
+    cfg.dump(config)
+    init_default_scope('mmdet')
+    student = MODELS.build(cfg.model.architecture)
+    torch.save(dict(meta=dict(dataset_meta=dict(classes=tuple('abcdefghij'))), state_dict=student.state_dict()),
+               tmp_path / 'student.pth')
+    image = min((data / 'val').glob('*.png'))
+    tool('visualize.py', config, tmp_path / 'student.pth', image, '--out-dir', tmp_path / 'out')
+    assert cv2.imread(str(tmp_path / 'out' / image.name)).shape[0] > 500
+
+
 @pytest.mark.parametrize('scale_free', [False, True])
 def test_amds_maps_are_those_of_its_loss(build, scale_free):
     model = build(dict(
@@ -79,15 +99,17 @@ def test_predictions_are_drawn():
         bboxes=torch.tensor([[10., 5, 30, 15], [0, 0, 40, 20]]), labels=torch.tensor([1, 0]),
         scores=torch.tensor([0.9, 0.2])))
     none = DetDataSample(pred_instances=found.pred_instances[:0])
-    picture = draw_predictions(image, dict(teacher=found, student=none), ('a', 'b'))
+    picture = draw_predictions(image, dict(teacher=found, student=none), dict(teacher=('a', 'b')))
     lime = (np.abs(picture.astype(int) - [0, 255, 0]).sum(2) < 60)
     columns = np.flatnonzero(lime.any(0))
     middle = picture.shape[1] // 2  # one box is above 0.3, twice as large as in the file, in the first panel
     assert len(columns) and columns[-1] < middle
     assert columns[-1] - columns[0] == pytest.approx(0.5 * 0.93 * middle, rel=0.15)
     scores = DataSample().set_pred_score(torch.tensor([0.1, 0.9]))
-    bars = draw_predictions(image, dict(one=scores), None)
+    bars = draw_predictions(image, dict(one=scores), {})
     assert (np.abs(bars.astype(int) - [31, 119, 180]).sum(2) < 30).sum() > 1000
+    empty = draw_predictions(image, dict(one=DataSample()), {})  # of a network without a head
+    assert (np.abs(empty.astype(int) - [31, 119, 180]).sum(2) < 30).sum() == 0
     assert stack([picture, bars]).shape == (picture.shape[0] + bars.shape[0], max(picture.shape[1], bars.shape[1]), 3)
 
 

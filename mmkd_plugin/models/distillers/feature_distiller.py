@@ -65,8 +65,8 @@ class FeatureDistiller(ConfigurableDistiller):
         if clash:
             raise ValueError(f'layers: a recorder has the name {min(clash)!r}, too. Rename the recorder')
         self.bases = _bases(base, loss_weight)
-        student = {name: dict(type='ModuleOutputs', source=pair[0]) for name, pair in pairs.items()}
-        teacher = {name: dict(type='ModuleOutputs', source=pair[1]) for name, pair in pairs.items()}
+        student = {name: dict(type='mmkd_plugin.MapOutputs', source=pair[0]) for name, pair in pairs.items()}
+        teacher = {name: dict(type='mmkd_plugin.MapOutputs', source=pair[1]) for name, pair in pairs.items()}
         if any(DATA_SAMPLES in whole['inputs'].values() for _, whole in self.bases):
             student[DATA_SAMPLES] = dict(type='ModuleInputs', source='')
         self._written = dict(

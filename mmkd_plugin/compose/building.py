@@ -1,0 +1,72 @@
+"""Models of plain configs, built and initialised without a weights file, a download or a process group."""
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmengine.config import Config
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+
+from ..checkpoints.initialize import forget_weights_files
+
+
+def build_random(model: dict, scope: str) -> BaseModel:
+    """Builds a model with random parameters.
+
+    Args:
+        model: its config, which stays as it is.
+        scope: the library of types without one.
+    """
+    with DefaultScope.overwrite_default_scope(scope):
+        built = revert_sync_batchnorm(MODELS.build(without_weights(model)))
+    forget_weights_files(built)
+    return built
+
+
+def without_weights(model: dict) -> dict:
+    """Returns a copy of a model's config without what a constructor would load, and without layers that need several
+    processes.
+    """
+    model = copy.deepcopy(model)
+    _strip(model)
+    return model
+
+
+def _strip(node: dict | list) -> None:
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if key == 'pretrained' and value:
+            node[key] = False if value is True else None  # timm's is a bool
+        elif key == 'teacher_ckpt':  # LAD's own teacher
+            node[key] = None
+        elif key == 'type' and value == 'MMSyncBN':
+            node[key] = 'SyncBN'  # which revert_sync_batchnorm makes a plain one
+        elif isinstance(value, (dict, list)):
+            _strip(value)
+
+
+def scope_of(cfg: Config, name: str = '') -> str:
+    """Returns the library whose types a config means; ``name`` is the config's."""
+    return cfg.get('default_scope') or name.rpartition('::')[0] or 'mmengine'
+
+
+@contextmanager
+def answering(begin: str, end: str = '') -> Iterator[None]:
+    """Turns every exception into a ``ValueError`` of one sentence that begins and ends so."""
+    try:
+        yield
+    except Exception as error:  # what a model of any library raises is not for us to list
+        raise ValueError(f'{begin}: {in_words(error)}{end}') from error
+
+
+def in_words(error: Exception) -> str:
+    """Returns the type of an exception, and its message on one line, or where it was raised if it has none."""
+    message = ' '.join(str(error).split()).rstrip('.')
+    if not message:
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        code = trace.tb_frame.f_code if trace else None
+        message = f'in {code.co_name} of {code.co_filename.rpartition("/")[2]}, line {trace.tb_lineno}' if code else ''
+    if len(message) > 400:
+        message = f'{message[:400]}...'
+    return f'{type(error).__name__}: {message}'
