@@ -76,7 +76,9 @@ def equals_one_process(rank, distiller):
         model = MODELS.build(dict(
             type='mmkd_plugin.TeacherStudentDistill', architecture=student, teacher=classifier(16),
             allow_random_teacher=True, distiller=distiller)).train()
-        model.distiller.connectors.eval()
+        for module in model.distiller.modules():
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                module.eval()
         start = model.student.head.fc.weight.detach().clone()
         wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.01)))
         runs = MMDistributedDataParallel(model, broadcast_buffers=False) if parts == 2 else model
