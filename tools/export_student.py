@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         export(args)
-    except (ValueError, StackError) as error:
+    except (ValueError, StackError, OSError) as error:
         sys.exit(str(error))
 
 

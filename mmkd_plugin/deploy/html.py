@@ -9,10 +9,10 @@ _STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1500px; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; } th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #d8dfe6; }
-th { text-align: left; } td { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, td.text { text-align: left; }
-.sheet { display: flex; gap: .6rem; margin-bottom: .8rem; flex-wrap: wrap; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: #50606f; }
+th, td { text-align: right; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+.sheet { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 280px); gap: .6rem; margin-bottom: 1rem; }
+figure { margin: 0; } img { width: 100%; } figcaption { font-size: .85rem; color: #50606f; }
 '''
 
 
@@ -44,7 +44,7 @@ def page(report: dict, rows: list[list[str]], sheets: list[dict[str, bytes]]) ->
 def _table(header: list[str] | None, rows: list[list[str]]) -> str:
     head = '' if header is None else '<tr>' + ''.join(f'<th>{escape(cell)}</th>' for cell in header) + '</tr>\n'
     return '<table>\n' + head + '\n'.join(
-        '<tr>' + ''.join(f'<td class="{"" if header else "text"}">{escape(cell)}</td>' for cell in row) + '</tr>'
+        '<tr>' + ''.join(f'<td>{escape(cell)}</td>' for cell in row) + '</tr>'
         for row in rows) + '\n</table>'
 
 

@@ -53,7 +53,7 @@ class Report:
             except ValueError as error:
                 self.found['teacher'] = dict(missing=str(error))
         if baseline:
-            self._add('baseline', build_student(cfg, baseline, trust_checkpoint).eval(), baseline)
+            self._add('baseline', build_student(cfg, baseline, trust_checkpoint).eval())
         self._add('student', build_student(cfg, exported, trust_checkpoint).eval(), exported)
         self.input = list(self.models['student'].data_preprocessor(dict(self.one), False)['inputs'].shape)
 

@@ -1,5 +1,6 @@
 """The student by itself: its plain config, and its weights as a checkpoint that needs nothing of ours."""
 import copy
+import io
 from pathlib import Path
 
 import torch
@@ -106,7 +107,9 @@ def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = Fal
     meta = dict(read_checkpoint(checkpoint, 'checkpoint', trust_checkpoint).get('meta', {}))
     meta['cfg'] = plain_config(cfg).pretty_text
     with finished('out', out, overwrite) as unfinished:
-        torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), unfinished)
+        content = io.BytesIO()  # torch.save to a file on a full disk says nothing of the disk
+        torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), content)
+        unfinished.write_bytes(content.getbuffer())
         _check_exported(unfinished, cfg, checkpoint, trust_checkpoint)
     return foreign_parts(model)
 
