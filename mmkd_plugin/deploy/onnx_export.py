@@ -200,6 +200,10 @@ def _describe(model: BaseModel, inputs: tuple[Tensor, ...], free: list[int]) -> 
 def _add_metadata(path: Path, given: dict) -> None:
     import onnx
     model = onnx.load(str(path))
+    foreign = sorted({f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain})
+    if foreign:
+        raise ValueError(f'--onnx: the model uses {", ".join(foreign)}, which ONNX does not have. Export it with '
+                         'MMDeploy, which brings such operators, from the exported student and its config')
     onnx.helper.set_model_props(model, {key: str(value) for key, value in given.items()})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))

@@ -97,14 +97,9 @@ def test_a_detector_keeps_its_decoding_and_nms_in_float(build, tmp_path):
              {'coco/bbox_mAP': 0.405})
     model = onnx.load(str(tmp_path / 'b.onnx'))
     produced = {name: node for node in model.graph.node for name in node.output}
-    after = [node for node in model.graph.node if node.name and not node.name.startswith(('/network/', '/pixels/'))
-             and 'QuantizeLinear' not in node.op_type]
-    between = {produced[name].op_type for node in after for name in node.input if name in produced} & {
-        'DequantizeLinear'}
-    inside = [node for node in after if all(name not in produced or produced[name].op_type != 'DequantizeLinear'
-                                            for name in node.input)]
-    assert between and any(node.op_type == 'NonMaxSuppression' for node in inside)
-    assert all(node.op_type in ('Transpose', 'Reshape', 'Shape') for node in after if node not in inside)
+    quantised = [produced[node.input[0]].name for node in model.graph.node if node.op_type == 'QuantizeLinear']
+    assert len(quantised) > 20 and all(name.startswith(('/network/', '/pixels/')) for name in quantised)
+    assert any(node.op_type == 'NonMaxSuppression' for node in model.graph.node)
     boxes, scores, labels = OnnxModel(tmp_path / 'b.onnx').run(SCENES[0])
     wanted = OnnxModel(tmp_path / 'a.onnx').run(SCENES[0])[1]
     assert np.abs(np.sort(scores) - np.sort(wanted)).max() < 0.1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import classification_batch, classifier, detection_batch, retinanet
+from mmdet.models import YOLOX
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -13,7 +14,6 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmkd_plugin.compat import StackError
 from mmkd_plugin.deploy.cost import measure
-from mmkd_plugin.deploy.detector_graph import DetectorGraph
 from mmkd_plugin.deploy.onnx_export import export_onnx
 from mmkd_plugin.deploy.onnx_model import OnnxModel
 from mmkd_plugin.deploy.pixels import Pixels
@@ -73,8 +73,11 @@ def lively(model):
             torch.nn.init.normal_(parameter, std=0.3)
     for branch in getattr(model.bbox_head, 'rtm_reg', []):
         branch.bias += 2  # whose distances are not positive by themselves
-    if not model.data_preprocessor._enable_normalize:
-        model.backbone.stem.conv.conv.weight *= 0.01  # YOLOX computes with pixels
+    if isinstance(model, YOLOX):  # computes with pixels, and with the exponent of sides
+        model.backbone.stem.conv.conv.weight *= 0.01
+        for branches in ('reg', 'cls', 'obj'):
+            for branch in getattr(model.bbox_head, f'multi_level_conv_{branches}'):
+                branch.weight *= 0.05 if branches == 'reg' else 0.2
     return model.eval()
 
 
@@ -129,15 +132,15 @@ def test_what_lies_in_the_padding_does_not_matter_and_channels_are_rgb(build, tm
     assert session(tmp_path / 'a.onnx').run(None, feeds)[0][1][:, 1::2].max() <= 50
 
 
-def test_equal_scores_are_taken_in_the_order_of_level_row_anchor_and_label(build):
+def test_equal_scores_are_taken_in_the_order_of_level_row_anchor_and_label(build, tmp_path):
     model = build(retinanet(levels=4)).eval()
     for parameter in model.bbox_head.parameters():
         torch.nn.init.zeros_(parameter)  # every score is 0.5, every box its anchor
-    graph = DetectorGraph(model, Pixels(model.data_preprocessor, 3, True)).eval()
-    with torch.no_grad():
-        boxes, scores, labels = graph(*OnnxModel.inputs_of(images((64, 64))))
+    export_onnx(model, images((64, 64)), str(tmp_path / 'a.onnx'))
+    boxes, scores, labels = OnnxModel(tmp_path / 'a.onnx').run(images((64, 64)))
     assert (scores == 0.5).all() and labels[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
-    assert boxes[0, :4].tolist() == [[0, 0, 16, 16]] * 3 + [[0, 0, 24, 16]]  # 32 x 32 at (0, 0) and at (8, 0), cut
+    # 32 x 32 around (0, 0), (8, 0), (16, 0), cut at the border; the second overlaps the first by 0.67, the third by 0.5
+    assert boxes[0, :4].tolist() == [[0, 0, 16, 16]] * 3 + [[0, 0, 32, 16]]
 
 
 def test_channel_order_and_normalisation_are_the_models(build):
@@ -214,8 +217,9 @@ def multi_task():
     (lambda: small('mmdet::paa/paa_r50_fpn_1x_coco.py'), 'mmdet', 'PAAHead is its own.*--onnx-raw'),
     (lambda: dict(retinanet(), test_cfg=dict(nms=dict(type='soft_nms', iou_threshold=0.5), max_per_img=10)), 'mmdet',
      "test_cfg.nms is .*soft_nms.*type='nms'"),
+    (lambda: small('mmdet::vfnet/vfnet_r50_fpn_1x_coco.py'), 'mmdet', 'the model uses mmcv::.*, which ONNX does'),
     (multi_task, 'mmpretrain', 'ImageClassifier with MultiTaskHead does not end in one score a class'),
-], ids=['two stages', 'own post-processing', 'soft NMS', 'several tasks'])
+], ids=['two stages', 'own post-processing', 'soft NMS', 'deformable', 'several tasks'])
 def test_what_has_no_graph_is_said_in_one_sentence(build, tmp_path, model, scope, message):
     with pytest.raises(ValueError, match=f'--onnx: .*{message}'):
         export_onnx(build(model(), scope).eval(), images((64, 64)), str(tmp_path / 'a.onnx'))
