@@ -31,7 +31,7 @@ def calibration_batches(cfg: Config, count: int) -> list[dict]:
         raise ValueError('--calibrate: ' + '\n'.join(missing).replace('test_dataloader', name))
     innermost = _innermost(cfg[name].dataset)
     innermost.pipeline = copy.deepcopy(_innermost(cfg.test_dataloader.dataset).pipeline)
-    dataset = DATASETS.build(innermost)
+    dataset = DATASETS.build(dict(innermost, serialize_data=False))  # which fails without images
     if not len(dataset):
         raise ValueError(f'--calibrate: {name}.dataset has no images')
     batches = []
