@@ -77,7 +77,8 @@ def export(args: argparse.Namespace) -> None:
         report.evaluate_all()
     if args.onnx is not None:
         accuracy = report.evaluate('student') if args.evaluate or args.int8 else None
-        evaluated = None if accuracy is None or args.onnx_raw else lambda graph: evaluate(plain, graph)
+        evaluated = None if accuracy is None or args.onnx_raw else lambda graph: evaluate(
+            plain, graph, '--onnx', args.trust_checkpoint)
         found = export_onnx(model, batch, files['onnx'], args.overwrite, args.onnx_raw, about(args, plain), evaluated,
                             accuracy)
         if not args.onnx_raw:
@@ -85,7 +86,8 @@ def export(args: argparse.Namespace) -> None:
         say_onnx(files['onnx'], found)
     if args.int8:
         try:
-            found = quantize(files['onnx'], files['int8'], images, lambda graph: evaluate(plain, graph, '--int8'),
+            found = quantize(files['onnx'], files['int8'], images, lambda graph: evaluate(
+                plain, graph, '--int8', args.trust_checkpoint),
                              report.found['onnx']['accuracy'], args.max_drop, args.overwrite)
             report.add_onnx('int8', files['int8'], found)
             say_int8(files['int8'], found)

@@ -116,7 +116,7 @@ def test_the_figure_that_decides():
 def digits(tmp_path):
     root = tmp_path / 'digits'
     make_digits(root, num_train=4, num_val=2)
-    cfg = Config.fromfile('configs/digits/retinanet_r18-c16_digits-300.py')
+    cfg = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py')
     cfg.merge_from_dict({f'{loader}_dataloader.dataset.data_root': f'{root}/' for loader in ('train', 'val', 'test')})
     return root, cfg
 

@@ -238,7 +238,7 @@ def test_what_is_there_or_missing_is_said(build, tmp_path, monkeypatch):
 
 
 def test_costs_of_the_demos_student():
-    cfg = plain_config(Config.fromfile('configs/digits/amd_retinanet_r18-c16_digits-300.py'))
+    cfg = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py')
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model).eval()
     costs = measure(dict(student=(model, dict(inputs=torch.zeros(1, 3, 128, 128)))))['student']
@@ -255,7 +255,7 @@ def test_two_stages_have_costs(build):
 
 @pytest.mark.parametrize('config, size, channels', [
     ('configs/amd_resnet_imagenet.py', (224, 224), 'file'), ('configs/amd_retinanet_coco.py', (938, 800), 'file'),
-    ('configs/sokd-fitnet_vgg13-vgg8_cifar100.py', (32, 32), None)])
+    ('configs/sokd/cifar/sokd-fitnet_backbone_vgg13_vgg8_b64_cifar100.py', (32, 32), None)])
 def test_without_data_a_photograph_goes_through_the_pipeline(config, size, channels, tmp_path, monkeypatch):
     cfg = plain_config(Config.fromfile(config))
     monkeypatch.chdir(tmp_path)  # no data here

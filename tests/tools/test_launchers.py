@@ -85,7 +85,7 @@ def test_two_machines_train_one_model(data, tmp_path):  # noqa: F811
                 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'default_hooks.logger.interval=1',
                 'train_dataloader.batch_size=2', 'randomness.seed=3', 'train_dataloader.dataset.indices=8']
     calls = [subprocess.Popen(
-        [tmp_path / 'dist_train.sh', 'configs/digits/retinanet_r18-c16_digits-300.py', '1', '--work-dir',
+        [tmp_path / 'dist_train.sh', 'configs/benchmarks/digits/retinanet_r18-c16_digits-300.py', '1', '--work-dir',
          tmp_path / f'work{rank}', '--cfg-options', *options], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, env=environment(
             NNODES='2', NODE_RANK=str(rank), MASTER_ADDR=('127.0.0.1', 'localhost')[rank], PORT=str(port)))
