@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Trains on several GPUs: tools/dist_train.sh CONFIG GPUS [arguments of train.py]
-CONFIG=$1
-GPUS=$2
-python -m torch.distributed.launch \
+# On several machines, call it on each, with GPUS of that machine and
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-machine PORT=29500 tools/dist_train.sh CONFIG GPUS
+# where NODE_RANK counts the machines from 0, and MASTER_ADDR is the one with 0.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "Usage: [NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 PORT=29500] $0 CONFIG GPUS [arguments of train.py]" >&2
+    exit 2
+fi
+exec torchrun \
     --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
-    --nproc_per_node="$GPUS" \
-    "$(dirname "$0")/train.py" "$CONFIG" --launcher pytorch "${@:3}"
+    --nproc_per_node="$2" \
+    "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}"

@@ -1,7 +1,8 @@
 """Writes the student of a distillation checkpoint as a checkpoint of plain MMDetection or MMPretrain.
 
 What was written is loaded strictly and must put out, to the bit, what the distilled student does. A report beside it,
-student.json for student.pth, says what student and teacher cost.
+student.json for student.pth, says what student and teacher cost. --onnx and --int8 add the student as it runs in
+production, and --report a page with pictures.
 """
 import argparse
 import json
@@ -10,10 +11,17 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
+from mmkd_plugin.checkpoints.reading import read_checkpoint
 from mmkd_plugin.compat import StackError
+from mmkd_plugin.deploy.calibration import calibration_batches
 from mmkd_plugin.deploy.environment import environment, markdown
+from mmkd_plugin.deploy.evaluation import evaluate
+from mmkd_plugin.deploy.files import finished, refuse_existing
+from mmkd_plugin.deploy.html import page
+from mmkd_plugin.deploy.int8 import quantize
 from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx
-from mmkd_plugin.deploy.report import COLUMNS, report_student, rows
+from mmkd_plugin.deploy.pictures import draw
+from mmkd_plugin.deploy.report import COLUMNS, Report
 from mmkd_plugin.deploy.sample_batch import sample_batch
 from mmkd_plugin.deploy.student import build_student, export_student, image_channels, plain_config
 
@@ -24,9 +32,22 @@ def main() -> None:
     parser.add_argument('checkpoint', help='any checkpoint of it')
     parser.add_argument('out', help='file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    parser.add_argument('--onnx', metavar='FILE', help='also write the network as ONNX, checked with ONNX Runtime')
+    parser.add_argument('--onnx', metavar='FILE', nargs='?', const='',
+                        help='also write it as ONNX, from pixels to detections or scores, checked with ONNX Runtime; '
+                        'default: OUT with the ending .onnx')
+    parser.add_argument('--onnx-raw', action='store_true',
+                        help='end the ONNX of a detector at the raw outputs of its head')
+    parser.add_argument('--int8', action='store_true',
+                        help='also write the ONNX in eight bits, with the ending .int8.onnx')
+    parser.add_argument('--calibrate', type=int, default=64, metavar='N',
+                        help='training images that the ranges of --int8 are measured on (default: %(default)s)')
+    parser.add_argument('--max-drop', type=float, default=1.0, metavar='POINTS',
+                        help='accuracy that --int8 may cost, in points of 100 (default: %(default)s)')
+    parser.add_argument('--report', action='store_true', help='also write the report as a page, with the ending .html')
+    parser.add_argument('--baseline', metavar='FILE',
+                        help='the same student trained without a teacher, to stand beside it in the report')
     parser.add_argument('--evaluate', action='store_true',
-                        help='run the config\'s test with the student, and with the teacher if its weights are here')
+                        help='run the config\'s test with all of them, with the teacher if its weights are here')
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='load the checkpoint even if it could run code; only if you trust whoever made it')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
@@ -34,46 +55,122 @@ def main() -> None:
     args = parser.parse_args()
     try:
         export(args)
-    except (ValueError, StackError) as error:
+    except (ValueError, StackError, OSError) as error:
         sys.exit(str(error))
 
 
 def export(args: argparse.Namespace) -> None:
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
-    if args.onnx:
-        check_onnx(args.onnx, args.overwrite)
-    path = Path(args.out).with_suffix('.json')
-    if path.exists() and not args.overwrite:
-        raise ValueError(f'out: the report {str(path)!r} exists; choose another name, or overwrite it with --overwrite')
-    foreign = export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint)
+    files = files_of(args)
+    plain = plain_config(cfg)
+    # finds what is missing before the work begins
+    images = calibration_batches(plain, args.calibrate) if args.int8 else []
+    say_exported(args, export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint))
+    model = build_student(cfg, args.out, args.trust_checkpoint).eval()
+    batch, source = sample_batch(plain, image_channels(model))
+    print(f'Checked with {source}: its outputs are those of the distilled student, to the bit.')
+
+    report = Report(cfg, args.out, batch, args.baseline, args.trust_checkpoint)
+    failure = None
+    if args.evaluate:
+        report.evaluate_all()
+    if args.onnx is not None:
+        accuracy = report.evaluate('student') if args.evaluate or args.int8 else None
+        evaluated = None if accuracy is None or args.onnx_raw else lambda graph: evaluate(
+            plain, graph, '--onnx', args.trust_checkpoint)
+        found = export_onnx(model, batch, files['onnx'], args.overwrite, args.onnx_raw, about(args, plain), evaluated,
+                            accuracy)
+        if not args.onnx_raw:
+            report.add_onnx('onnx', files['onnx'], found)
+        say_onnx(files['onnx'], found)
+    if args.int8:
+        try:
+            found = quantize(files['onnx'], files['int8'], images, lambda graph: evaluate(
+                plain, graph, '--int8', args.trust_checkpoint),
+                             report.found['onnx']['accuracy'], args.max_drop, args.overwrite)
+            report.add_onnx('int8', files['int8'], found)
+            say_int8(files['int8'], found)
+        except ValueError as error:  # the rest is there, and is reported
+            failure = error
+    report.time()
+
+    text = dict(config=args.config, checkpoint=args.checkpoint, file=args.out, checked_with=source,
+                data=plain.get('test_dataloader', {}).get('dataset', {}).get('data_root') or source,
+                environment=environment('cpu'), input=report.input, **report.found)
+    with finished('out', files['json'], args.overwrite) as unfinished:
+        unfinished.write_text(json.dumps(text, indent=2) + '\n')
+    print(markdown(COLUMNS, report.rows()))
+    if (report.found['teacher'] or {}).get('missing'):
+        print(f'The teacher is not in it: {report.found["teacher"]["missing"]}')
+    size, threads = ' x '.join(map(str, report.input[2:])), text['environment']['threads']
+    print(f'Of one image of {size}, from pixels to detections or scores, on this CPU, threads: {threads}. '
+          f'Report: {files["json"]}')
+    if args.report:
+        shown = {name: found for name, found in report.models.items()
+                 if name != 'teacher' or report.teacher_has_weights}
+        with finished('--report', files['html'], args.overwrite) as unfinished:
+            unfinished.write_text(page(text, report.rows(), draw(plain, shown)))
+        print(f'{files["html"]}: the report, with pictures.')
+    if failure:
+        raise failure
+
+
+def files_of(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the files to write besides OUT; says early which of them exist, or which options do not go together."""
+    for option, given in (('--int8', args.int8), ('--onnx-raw', args.onnx_raw)):
+        if given and args.onnx is None:
+            raise ValueError(f'{option}: it is made from the ONNX. Add --onnx')
+    if args.int8 and args.onnx_raw:
+        raise ValueError('--int8: raw outputs cannot be evaluated, and so not be kept within --max-drop. Leave out '
+                         '--onnx-raw')
+    out = Path(args.out)
+    files = dict(json=str(out.with_suffix('.json')))
+    if args.onnx is not None:
+        files['onnx'] = args.onnx or str(out.with_suffix('.onnx'))
+        check_onnx(files['onnx'], args.overwrite)
+    if args.int8:
+        files['int8'] = str(Path(files['onnx']).with_suffix('.int8.onnx'))
+    if args.report:
+        files['html'] = str(out.with_suffix('.html'))
+    for name, option in (('json', 'out'), ('int8', '--int8'), ('html', '--report')):
+        if name in files:
+            refuse_existing(option, files[name], args.overwrite)
+    return files
+
+
+def about(args: argparse.Namespace, plain: Config) -> dict:
+    """Returns what whoever serves the student must know besides the graph: classes, and the size of its images."""
+    meta = read_checkpoint(args.out, 'out', args.trust_checkpoint)['meta'].get('dataset_meta') or {}
+    found = dict(classes=list(meta['classes'])) if meta.get('classes') else {}
+    for step in plain.test_dataloader.dataset.get('pipeline', []):
+        kind = str(step['type']).split('.')[-1]
+        if kind == 'Resize' and step.get('keep_ratio'):
+            found['scale'] = list(step.scale)  # the longer side at most the larger, the shorter the smaller
+        if kind == 'Pad' and step.get('size'):
+            found.update(pad=list(step.size), pad_with=step.get('pad_val', 0))
+    return found
+
+
+def say_exported(args: argparse.Namespace, foreign: list[str]) -> None:
     if foreign:
         print(f'{args.out}: the student, complete; but MMDetection and MMPretrain do not have its '
               f'{", ".join(foreign)}: load it with the student\'s own config after `import mmkd_plugin`.')
     else:
         print(f'{args.out}: the student, complete; load it with the student\'s own config and neither mmkd_plugin '
               'nor mmrazor.')
-    model = build_student(cfg, args.out, args.trust_checkpoint).eval()
-    batch, images = sample_batch(plain_config(cfg), image_channels(model))
-    print(f'Checked with {images}: its outputs are those of the distilled student, to the bit.')
-    report = dict(checkpoint=args.checkpoint, file=args.out, checked_with=images, environment=environment('cpu'),
-                  **report_student(cfg, args.out, args.evaluate, args.trust_checkpoint))
-    write(path, report)
-    print(markdown(COLUMNS, rows(report)))
-    if (report['teacher'] or {}).get('missing'):
-        print(f'The teacher is not in it: {report["teacher"]["missing"]}')
-    size, threads = ' x '.join(map(str, report['input'][2:])), report['environment']['threads']
-    print(f'Of one image of {size}, without post-processing, on this CPU, threads: {threads}. Report: {path}')
-    if args.onnx:
-        found = export_onnx(model, batch, args.onnx, args.overwrite)
-        write(path, dict(report, onnx=dict(found, file=args.onnx)))
-        print(f'{args.onnx}: ONNX Runtime differs from PyTorch by at most {found["largest_difference"]:.0e} of the '
-              f'largest output. Outputs: {", ".join(found["outputs"])}. Input:')
-        print(*(f'  {key}: {value}' for key, value in found['input'].items()), sep='\n')
 
 
-def write(path: Path, report: dict) -> None:
-    path.write_text(json.dumps(report, indent=2) + '\n')
+def say_onnx(file: str, found: dict) -> None:
+    agreement = ', '.join(f'{key.replace("_", " ")} {value:.2g}' for key, value in found['agreement'].items())
+    print(f'{file}: ONNX Runtime finds what PyTorch finds ({agreement}). Outputs: {", ".join(found["outputs"])}. '
+          'Inputs:')
+    print(*(f'  {key}: {value}' for key, value in found['input'].items()), sep='\n')
+
+
+def say_int8(file: str, found: dict) -> None:
+    print(f'{file}: {found["metric"]} {found["float"]:.2f} in float, {found["int8"]:.2f} in eight bits; of '
+          f'{found["layers"]} layers left in float: {", ".join(found["left_in_float"]) or "none"}.')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """What models cost: parameters, FLOPs, and how long one image takes."""
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from mmengine.analysis import FlopAnalyzer
@@ -29,12 +30,8 @@ class RawOutputs(nn.Module):
         return tuple(x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor))
 
 
-@torch.no_grad()
 def measure(models: dict[str, tuple[BaseModel, dict]]) -> dict[str, dict[str, float]]:
-    """Returns ``params``, ``flops`` and ``latency_ms`` of each model.
-
-    FLOPs are MMEngine's, a multiplication with its addition for one. Latency is the median over up to 40 rounds of one
-    call, without post-processing; the models take turns, so that the machine's moods meet all alike.
+    """Returns ``params``, ``flops``, ``latency_ms`` and ``latency_p95_ms`` of each model, without post-processing.
 
     Args:
         models: by name, a model in eval mode and what its preprocessor made of one image, ``inputs`` (1, C, H, W)
@@ -42,24 +39,37 @@ def measure(models: dict[str, tuple[BaseModel, dict]]) -> dict[str, dict[str, fl
     """
     networks = {name: (RawOutputs(model, data.get('data_samples')).eval(), data['inputs'])
                 for name, (model, data) in models.items()}
-    found = {name: dict(params=sum(parameter.numel() for parameter in network.parameters()),
-                        flops=_flops(network, images))
-             for name, (network, images) in networks.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times = latency({name: lambda network=network, images=images: network(images)
+                     for name, (network, images) in networks.items()})
+    return {name: dict(size(model, data), **times[name]) for name, (model, data) in models.items()}
+
+
+@torch.no_grad()
+def size(model: BaseModel, data: dict) -> dict[str, int]:
+    """Returns ``params`` and ``flops``, which are MMEngine's: a multiplication with its addition counts for one."""
+    network = RawOutputs(model, data.get('data_samples')).eval()
+    analyzer = FlopAnalyzer(network, (data['inputs'], ))
+    analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
+    return dict(params=sum(parameter.numel() for parameter in network.parameters()), flops=int(analyzer.total()))
+
+
+@torch.no_grad()
+def latency(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Returns ``latency_ms``, the median, and ``latency_p95_ms``, the 95th percentile, of each call.
+
+    The calls take turns, so that whatever else the machine does meets all alike. The first of each does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     began = time.perf_counter()
     for index in range(ROUNDS):
         if index >= 3 and time.perf_counter() - began > SECONDS:
             break
-        for name, (network, images) in networks.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            network(images)
+            call()
             times[name].append(1e3 * (time.perf_counter() - start))
-    for name, result in found.items():
-        result['latency_ms'] = round(statistics.median(times[name]), 2)
-    return found
-
-
-def _flops(network: nn.Module, images: Tensor) -> int:
-    analyzer = FlopAnalyzer(network, (images, ))
-    analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
-    return int(analyzer.total())
+    return {name: dict(latency_ms=round(statistics.median(found), 2),
+                       latency_p95_ms=round(statistics.quantiles(found, n=20, method='inclusive')[-1], 2))
+            for name, found in times.items()}

@@ -1,7 +1,8 @@
-"""A student as ONNX: the network, checked against PyTorch on real images."""
+"""A student as ONNX, from pixels to detections or scores, checked against plain PyTorch on real images."""
 import copy
 import inspect
-import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,19 @@ from mmengine.model import BaseModel
 from mmpretrain.models import ImageClassifier
 from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from ..compat import StackError
-from ..models.algorithms.teacher_inputs import pixel_statistics, reverses_channels
-from .cost import RawOutputs
+from .agreement import compare_detections, compare_tensors
+from .detector_graph import DetectorGraph, why_not
+from .evaluation import headline
+from .files import finished, refuse_existing
+from .onnx_model import OnnxModel, read_from_files
+from .pixels import Pixels
 
 OPSET = 17
+POINTS = 0.1  # of 100, between the accuracy of ONNX Runtime and that of PyTorch
 _STRIDE = 32  # of the last stage of backbones
-TOLERANCE = 1e-3  # of the difference, as a share of the largest output of each tensor
 
 
 def check_onnx(out: str, overwrite: bool) -> None:
@@ -28,136 +34,212 @@ def check_onnx(out: str, overwrite: bool) -> None:
         ValueError: ``out`` exists, and ``overwrite`` is False.
         StackError: onnx or onnxruntime is missing.
     """
-    if Path(out).exists() and not overwrite:
-        raise ValueError(f'--onnx: {out!r} exists; choose another name, or overwrite it with --overwrite')
+    refuse_existing('--onnx', out, overwrite)
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise StackError(f'--onnx cannot do without {error.name}: run `pip install onnx onnxruntime`.') from error
+        raise StackError(f'--onnx: {error.name} is not installed. Run `pip install onnx onnxruntime`') from error
 
 
-def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False) -> dict:
-    """Writes the network of ``model`` to ``out``, if ONNX Runtime makes the same of it as PyTorch.
+def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False, raw: bool = False,
+                about: dict | None = None, evaluate: Callable[[OnnxModel], dict[str, float]] | None = None,
+                accuracy: dict[str, float] | None = None) -> dict:
+    """Writes ``model`` to ``out``, if ONNX Runtime finds with it what PyTorch finds.
 
-    A classifier is whole: ``images`` to ``scores``, (N, classes). Of a detector of one stage it is the network, with
-    the raw outputs of its head, named as MMDetection names them with the level, such as ``cls_scores_0``; decoding and
-    NMS stay outside. Number and, of a detector, size of the images are free. They must be normalised as
-    the returned ``input`` and the file's metadata say.
+    All graphs take pixels, ``images`` (N, C, H, W), 0 to 255, RGB or grey, of the type that the model's pipeline
+    gives (uint8, if it does not compute with them). Normalisation is inside. The number of images is free.
+
+    =========================  ================================================  =================================
+    model                      inputs                                            outputs
+    =========================  ================================================  =================================
+    classifier                 ``images``                                        ``scores`` (N, classes)
+    detector of one stage      ``images``, ``image_sizes`` (N, 2); H, W free     see :class:`DetectorGraph`
+    the same, ``raw``          ``images``, ``image_sizes`` (N, 2); H, W free     those of its head, a level each,
+                                                                                 such as ``cls_scores_0``
+    =========================  ================================================  =================================
 
     Args:
         model: in eval mode.
         batch: at least one real image, as a data loader collates it.
         out: the file.
         overwrite: whether it may exist.
+        raw: whether a detector's graph ends before decoding and NMS.
+        about: what else the file's metadata should say, such as the names of the classes.
+        evaluate: runs a test on a graph.
+        accuracy: what PyTorch has in that test, from which the graph may differ by :data:`POINTS`.
 
     Returns:
-        ``input``, ``outputs`` and ``largest_difference``, the last as a share of the largest output.
+        ``input``, ``outputs``, ``agreement``, what the comparison with PyTorch found, and ``accuracy``, what
+        ``evaluate`` found.
 
     Raises:
-        ValueError: the model has no outputs that could be exported, ONNX Runtime makes something else of the images,
-            or ``out`` exists.
+        ValueError: the model has no such graph, ONNX Runtime finds something else, or ``out`` exists or cannot be
+            written.
         StackError: onnx or onnxruntime is missing.
     """
     check_onnx(out, overwrite)
-    path = Path(out)
-    network, free = _network(model), [0, 2, 3] if isinstance(model, SingleStageDetector) else [0]
-    images = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
-    with torch.no_grad():
-        names = _output_names(model, model(images, mode='tensor'))
-        outputs = network(images)
-    axes = {0: 'batch', 2: 'height', 3: 'width'}
-    dynamic = {'images': {axis: axes[axis] for axis in free}}
-    for name, output in zip(names, outputs, strict=True):
-        dynamic[name] = {axis: axes[axis] if axis == 0 else f'{axes[axis]}_of_{name}' for axis in free
-                         if axis < output.dim()}
-    given = _input(model, batch, images, free)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'{path.name}.unfinished')
-    try:
-        torch.onnx.export(network, (images, ), str(unfinished), input_names=['images'], output_names=names,
-                          dynamic_axes=dynamic, opset_version=OPSET)
+    graph, free = _graph(model, batch, raw)
+    inputs = OnnxModel.inputs_of(batch)
+    names = _output_names(graph, inputs)
+    with finished('--onnx', out, overwrite) as unfinished:
+        _write(graph, inputs, names, free, unfinished)
+        given = dict(_describe(model, inputs, free), **(about or {}))
         _add_metadata(unfinished, given)
-        trials = [images, images[:1]]
-        if 2 in free:  # another size, which the network takes too
-            trials.append(torch.cat([images, images], 3))
-        worst = max(_difference(unfinished, network, trial, names) for trial in trials)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return dict(input=given, outputs=names, largest_difference=worst)
+        runtime = OnnxModel(unfinished)
+        agreement = _agreement(model, graph, runtime, batch, names)
+        found = evaluate(runtime) if evaluate else None
+        if found and abs(headline(found)[1] - headline(accuracy)[1]) > POINTS:
+            raise ValueError(f'--onnx: {headline(found)[0]} is {headline(found)[1]:.2f} with ONNX Runtime and '
+                             f'{headline(accuracy)[1]:.2f} with PyTorch, {POINTS:g} points apart are allowed; nothing '
+                             'is written')
+    return dict(input=given, outputs=names, agreement=agreement, accuracy=found)
 
 
-class _Classifier(nn.Module):
-    """From images to scores."""
+class ClassifierGraph(nn.Module):
+    """From ``images`` to ``scores`` (N, classes)."""
 
-    def __init__(self, model: ImageClassifier) -> None:
+    outputs = ('scores', )
+
+    def __init__(self, model: ImageClassifier, pixels: Pixels) -> None:
         super().__init__()
-        self.network = RawOutputs(model)
+        self.network = model
+        self.pixels = pixels
         self.one_class = isinstance(model.head, ClsHead)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits, = self.network(images)
-        return (logits.softmax(1) if self.one_class else logits.sigmoid(), )
+        logits = self.network(self.pixels(images), mode='tensor')
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        return logits.softmax(1) if self.one_class else logits.sigmoid()
 
 
-def _network(model: BaseModel) -> nn.Module:
-    if isinstance(model, ImageClassifier) and isinstance(model.head, (ClsHead, MultiLabelClsHead)):
-        return _Classifier(model).eval()
-    if isinstance(model, SingleStageDetector):
-        return RawOutputs(model).eval()
-    raise ValueError(
-        f'--onnx: {type(model).__name__} is neither a classifier nor a detector of one stage. A second stage runs on '
-        'what NMS leaves of the first, so there are no raw outputs of the network alone; MMDeploy exports such '
-        'detectors whole, from the exported student and its config')
+class RawGraph(nn.Module):
+    """From ``images`` and ``image_sizes`` to the outputs of a detector's head."""
+
+    def __init__(self, model: SingleStageDetector, pixels: Pixels) -> None:
+        super().__init__()
+        self.network = model
+        self.pixels = pixels
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.network(self.pixels(images, image_sizes), mode='tensor')
+        return tuple(x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor))
 
 
-def _output_names(model: BaseModel, outputs: tuple | Tensor) -> list[str]:
+def _graph(model: BaseModel, batch: dict, raw: bool) -> tuple[nn.Module, list[int]]:
+    """Returns the module to trace, and the dimensions of its images that are free."""
+    channels = batch['inputs'][0].shape[0]
+    pixels = Pixels(model.data_preprocessor, channels, read_from_files(batch))
+    name = type(model).__name__
     if isinstance(model, ImageClassifier):
-        return ['scores']
-    kinds = list(inspect.signature(model.bbox_head.loss_by_feat).parameters)
+        if not isinstance(model.head, (ClsHead, MultiLabelClsHead)):
+            raise ValueError(f'--onnx: {name} with {type(model.head).__name__} does not end in one score a class, '
+                             'expected a ClsHead or MultiLabelClsHead. Export the student without --onnx')
+        return ClassifierGraph(model, pixels).eval(), [0]
+    has_raw = isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head')
+    if raw and has_raw:
+        return RawGraph(model, pixels).eval(), [0, 2, 3]
+    reason = why_not(model)
+    if reason:
+        raise ValueError(f'--onnx: {reason}. ' + ('Export its raw outputs with --onnx-raw, or the' if has_raw else
+                                                  'Export the') + ' whole with MMDeploy, from the exported student and '
+                         'its config')
+    return DetectorGraph(model, pixels).eval(), [0, 2, 3]
+
+
+def _output_names(graph: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
+    if not isinstance(graph, RawGraph):
+        return list(graph.outputs)
+    with torch.no_grad():
+        outputs = graph.network(graph.pixels(*inputs), mode='tensor')
+    kinds = list(inspect.signature(graph.network.bbox_head.loss_by_feat).parameters)
     return [f'{kind}_{level}' for kind, levels in zip(kinds, outputs) for level in range(len(levels))]
 
 
-def _input(model: BaseModel, batch: dict, images: Tensor, free: list[int]) -> dict:
-    preprocessor = model.data_preprocessor
-    mean, std = (values.flatten().tolist() for values in pixel_statistics(preprocessor))
-    # MMCV reads files as BGR; data sets that hold their images in memory have them in RGB.
-    from_file = batch['data_samples'][0].metainfo.get('img_path')
-    rgb = reverses_channels(preprocessor) or not from_file
+def _write(graph: nn.Module, inputs: tuple[Tensor, ...], names: list[str], free: list[int], path: Path) -> None:
+    """Writes the graph by the exporter that traces.
+
+    ``dynamo`` is False where torch has the argument: it is what every torch from 2.0 on has in common, and 2.9 turned
+    its default around.
+    """
+    axes = {0: 'batch', 2: 'height', 3: 'width'}
+    dynamic = {'images': {axis: axes[axis] for axis in free}, 'image_sizes': {0: 'batch'}}
+    if isinstance(graph, RawGraph):
+        dynamic.update({name: {axis: axes[axis] if axis == 0 else f'{axes[axis]}_of_{name}' for axis in free}
+                        for name in names})
+    else:
+        dynamic.update({name: {0: 'batch'} for name in names})
+    if 2 not in free:
+        inputs = inputs[:1]
+        del dynamic['image_sizes']
+    options = dict(dynamo=False) if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')  # of the tracer, on branches that MMDetection takes by the number of levels
+        try:
+            torch.onnx.export(graph, inputs, str(path), input_names=['images', 'image_sizes'][:len(inputs)],
+                              output_names=names, dynamic_axes=dynamic, opset_version=OPSET, **options)
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise ValueError(f'--onnx: torch {torch.__version__} cannot write {type(graph.network).__name__} as ONNX '
+                             f'of opset {OPSET}: {str(error).strip().splitlines()[0]}') from error
+
+
+def _describe(model: BaseModel, inputs: tuple[Tensor, ...], free: list[int]) -> dict:
+    """Returns what whoever calls the graph must know."""
+    images = inputs[0]
     shape = [letter if axis in free else length for axis, (letter, length) in enumerate(zip('NCHW', images.shape))]
-    given = dict(name='images', shape=shape, dtype='float32',
-                 channels='grey' if images.shape[1] == 1 else 'RGB' if rgb else 'BGR',
-                 normalise='(pixel - mean) / std, pixels from 0 to 255', mean=mean, std=std)
+    given = dict(images=shape, dtype=str(images.dtype).removeprefix('torch.'),
+                 channels='grey' if images.shape[1] == 1 else 'RGB', normalise='inside, from pixels of 0 to 255')
     if 2 in free:
-        # RTMDet's pipeline pads to 640 x 640, so that its preprocessor asks for nothing; the network does.
-        given['sides_multiple_of'] = max(_STRIDE, int(getattr(preprocessor, 'pad_size_divisor', 1)))
-        given['padding'] = ('right and below; with 0 after normalising, or before it with what the pad_val of the test '
-                            'pipeline says')
+        divisor = int(getattr(model.data_preprocessor, 'pad_size_divisor', None) or 1)
+        given.update(image_sizes='(N, 2) int64, height and width of each image without what was added to make them '
+                                 'equal; what the test pipeline itself adds (Pad) counts as image',
+                     sides='any; padded inside' if divisor % _STRIDE == 0 else f'multiples of {_STRIDE}')
     return given
 
 
 def _add_metadata(path: Path, given: dict) -> None:
     import onnx
     model = onnx.load(str(path))
+    foreign = sorted({f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain})
+    if foreign:
+        raise ValueError(f'--onnx: the model uses {", ".join(foreign)}, which ONNX does not have. Export it with '
+                         'MMDeploy, which brings such operators, from the exported student and its config')
     onnx.helper.set_model_props(model, {key: str(value) for key, value in given.items()})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
 
 
-def _difference(path: Path, network: nn.Module, images: Tensor, names: list[str]) -> float:
-    import onnxruntime
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    found = session.run(names, dict(images=images.numpy()))
-    with torch.no_grad():
-        expected = [output.numpy() for output in network(images)]
-    worst = 0.
-    for name, one, other in zip(names, found, expected, strict=True):
-        difference = float(np.abs(one - other).max() / max(np.abs(other).max(), 1e-6)) if (
-            one.shape == other.shape) else float('inf')
-        if not difference <= TOLERANCE:
-            raise ValueError(f'--onnx: for images of {tuple(images.shape)}, {name} of ONNX Runtime differs from '
-                             f'PyTorch\'s by {difference:.1e} of the largest value, {TOLERANCE:g} is allowed; nothing '
-                             'is written')
-        worst = max(worst, difference)
+def _agreement(model: BaseModel, graph: nn.Module, runtime: OnnxModel, batch: dict, names: list[str]) -> dict:
+    """Compares ONNX Runtime with PyTorch on the batch, on one image, and where it may be on another size."""
+    first = {key: values[:1] for key, values in batch.items()}
+    trials = [batch, first]
+    if not isinstance(graph, ClassifierGraph):
+        trials.append(_side_by_side(first))
+    worst: dict = {}
+    for trial in trials:
+        found = dict(zip(names, runtime.run(trial), strict=True))
+        if isinstance(graph, DetectorGraph):
+            data = model.data_preprocessor(copy.deepcopy(trial), False)
+            with torch.no_grad():
+                expected = model.predict(data['inputs'], data['data_samples'], rescale=False)
+            result = compare_detections(found, [sample.pred_instances for sample in expected])
+        elif isinstance(graph, RawGraph):
+            with torch.no_grad():
+                expected = [x.numpy() for x in graph(*OnnxModel.inputs_of(trial))]
+            result = compare_tensors(found, dict(zip(names, expected, strict=True)))
+        else:
+            data = model.data_preprocessor(copy.deepcopy(trial), False)
+            with torch.no_grad():
+                expected = model(**data, mode='predict')
+            result = compare_tensors(found, dict(scores=np.stack([sample.pred_score.numpy() for sample in expected])))
+        worst = {key: max(value, worst.get(key, value)) if key != 'detections' else value + worst.get(key, 0)
+                 for key, value in result.items()}
     return worst
+
+
+def _side_by_side(batch: dict) -> dict:
+    """Returns an image twice as wide."""
+    sample = copy.deepcopy(batch['data_samples'][0])
+    image = torch.cat([batch['inputs'][0]] * 2, 2)
+    sample.set_metainfo(dict(img_shape=tuple(image.shape[1:])))
+    return dict(inputs=[image], data_samples=[sample])

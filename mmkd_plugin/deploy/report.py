@@ -1,72 +1,111 @@
-"""What a student costs and what it can do, beside its teacher."""
+"""What a student costs and what it can do, beside its teacher and in each of its forms."""
 import io
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
+from torch import nn
 
 from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_cfg_path
 from ..config.metafile import metafile_metrics
-from ..config.preflight import missing_inputs
-from .cost import measure
-from .sample_batch import sample_batch
-from .student import build_student, image_channels, plain_config
+from .cost import latency, size
+from .evaluation import evaluate
+from .onnx_model import OnnxModel
+from .student import build_student, plain_config
 
-COLUMNS = ['', 'parameters', 'FLOPs', 'latency (ms)', 'file (bytes)', 'accuracy']
+COLUMNS = ['', 'parameters', 'FLOPs', 'latency (ms)', '95th percentile (ms)', 'file (bytes)', 'accuracy']
+LABELS = dict(teacher='teacher', baseline='student alone', student='student', onnx='ONNX', int8='ONNX, 8 bits')
 
 
-def report_student(cfg: Config, exported: str, evaluate: bool = False, trust_checkpoint: bool = False) -> dict:
-    """Returns ``student`` and ``teacher``, a dict each, and ``input``, the shape of the image that they were timed on.
-
-    Each has ``params``, ``flops``, ``latency_ms`` (see :func:`measure`), ``file_bytes`` (of weights alone), and
-    ``accuracy``, by metric. The student's is there if it is evaluated. The teacher's then is too, where its weights
-    are a file that is here; else it is what its library's metafile says, ``accuracy_from`` tells. The teacher is None
-    where the config has none, and ``dict(missing=...)`` where its config is not here.
+class Report:
+    """Teacher, student alone, student, ONNX and 8 bits, measured alike.
 
     Args:
         cfg: of the distillation, or of the plain model.
         exported: file of the student.
-        evaluate: whether to run the config's test.
-        trust_checkpoint: whether the teacher's file may run code.
+        batch: of one image at least, as a data loader collates it, to time on.
+        baseline: file of the same student, trained alone.
+        trust_checkpoint: whether the files may run code.
 
-    Raises:
-        ValueError: the file does not fit; with ``evaluate``, test data are missing.
+    Attributes:
+        models: by name, what can be run, each with a ``test_step``.
+        found: by name, the figures. ``latency_ms`` is from pixels to detections or scores, post-processing included;
+            ``file_bytes`` of weights alone; ``accuracy`` by metric. The teacher is None where the config has none, and
+            ``dict(missing=...)`` where its config is not here. Its accuracy is evaluated, or what its library's
+            metafile says, ``accuracy_from`` says which.
     """
-    plain = plain_config(cfg)
-    student = build_student(cfg, exported, trust_checkpoint).eval()
-    batch, _ = sample_batch(plain, image_channels(student))
-    one = {key: values[:1] for key, values in batch.items()}
-    models, absent = dict(student=student), None
-    if 'teacher' in cfg.model:
-        try:
-            models['teacher'] = _build_teacher(cfg, trust_checkpoint).eval()
-        except ValueError as error:
-            absent = dict(missing=str(error))
-    with torch.no_grad():
-        inputs = {name: model.data_preprocessor(dict(one), False) for name, model in models.items()}
-    costs = measure({name: (model, inputs[name]) for name, model in models.items()})
-    report = dict(student=dict(costs['student'], file_bytes=Path(exported).stat().st_size, accuracy=None),
-                  teacher=absent, input=list(inputs['student']['inputs'].shape))
-    if evaluate:
-        report['student']['accuracy'] = _evaluate(plain, student, trust_checkpoint)
-    if 'teacher' in models:
-        report['teacher'] = dict(costs['teacher'], file_bytes=_file_bytes(models['teacher']),
-                                 **_teacher_accuracy(cfg, models['teacher'], evaluate, trust_checkpoint))
-    return report
 
+    def __init__(self, cfg: Config, exported: str, batch: dict, baseline: str | None = None,
+                 trust_checkpoint: bool = False) -> None:
+        self.cfg, self.trust = cfg, trust_checkpoint
+        self.plain = plain_config(cfg)
+        self.one = {key: values[:1] for key, values in batch.items()}
+        self.models: dict[str, nn.Module] = {}
+        self.found: dict[str, dict | None] = dict(teacher=None)
+        self.teacher_has_weights = False
+        if 'teacher' in cfg.model:
+            try:
+                self._add_teacher()
+            except ValueError as error:
+                self.found['teacher'] = dict(missing=str(error))
+        if baseline:
+            self._add('baseline', build_student(cfg, baseline, trust_checkpoint).eval())
+        self._add('student', build_student(cfg, exported, trust_checkpoint).eval(), exported)
+        self.input = list(self.models['student'].data_preprocessor(dict(self.one), False)['inputs'].shape)
 
-def rows(report: dict) -> list[list[str]]:
-    """Returns the report as rows of :data:`COLUMNS`."""
-    return [[name, f'{found["params"]:,}', f'{found["flops"]:,}', f'{found["latency_ms"]:.1f}',
-             f'{found["file_bytes"]:,}', _accuracy_text(found)]
-            for name in ('student', 'teacher') if (found := report[name]) and 'params' in found]
+    def add_onnx(self, name: str, path: str, result: dict) -> None:
+        """Adds a graph, ``result`` being what was found when it was written."""
+        self.models[name] = OnnxModel(path, threads=torch.get_num_threads())
+        self.found[name] = dict(params=self.found['student']['params'], flops=self.found['student']['flops'],
+                                file=path, file_bytes=Path(path).stat().st_size, accuracy=result.get('accuracy'),
+                                **{key: value for key, value in result.items() if key != 'accuracy'})
+
+    def evaluate(self, name: str) -> dict[str, float]:
+        """Runs the config's test with a model; returns its metrics."""
+        found = self.found[name]
+        if found.get('accuracy_from', 'evaluated') != 'evaluated' or not found['accuracy']:
+            found.update(accuracy=evaluate(self.plain, self.models[name], trust_checkpoint=self.trust), accuracy_from='evaluated')
+        return found['accuracy']
+
+    def evaluate_all(self) -> None:
+        """Runs the config's test with all but a teacher without weights, whose accuracy may be known to its library."""
+        for name in self.models:
+            if name != 'teacher' or self.teacher_has_weights:
+                self.evaluate(name)
+
+    def time(self) -> None:
+        """Times all models on one image."""
+        times = latency({name: lambda model=model: model.test_step(self.one) for name, model in self.models.items()})
+        for name, values in times.items():
+            self.found[name].update(values)
+
+    def rows(self) -> list[list[str]]:
+        """Returns the report as rows of :data:`COLUMNS`."""
+        return [[label, f'{found["params"]:,}', f'{found["flops"]:,}', f'{found["latency_ms"]:.1f}',
+                 f'{found["latency_p95_ms"]:.1f}', f'{found["file_bytes"]:,}', _accuracy_text(found)]
+                for name, label in LABELS.items() if 'params' in (found := self.found.get(name) or {})]
+
+    def _add(self, name: str, model: BaseModel, file: str | None = None) -> None:
+        with torch.no_grad():
+            costs = size(model, model.data_preprocessor(dict(self.one), False))
+        self.models[name] = model
+        self.found[name] = dict(costs, accuracy=None, file_bytes=(
+            Path(file).stat().st_size if file else _file_bytes(model)))
+
+    def _add_teacher(self) -> None:
+        teacher = _build_teacher(self.cfg, self.trust).eval()
+        weights = self.cfg.model.get('teacher_ckpt') or ''
+        if Path(weights).is_file():
+            load_completely(teacher, weights, 'teacher_ckpt', self.trust)
+            self.teacher_has_weights = True
+        self._add('teacher', teacher)
+        known = metafile_metrics(str(self.cfg.model.teacher.get('cfg_path')))
+        if known:
+            self.found['teacher'].update(accuracy=known, accuracy_from='metafile')
 
 
 def _accuracy_text(found: dict) -> str:
@@ -89,30 +128,3 @@ def _file_bytes(model: BaseModel) -> int:
     file = io.BytesIO()
     torch.save(dict(meta={}, state_dict=model.state_dict()), file)
     return file.tell()
-
-
-def _teacher_accuracy(cfg: Config, teacher: BaseModel, evaluate: bool, trust_checkpoint: bool) -> dict:
-    weights = cfg.model.get('teacher_ckpt') or ''
-    if evaluate and Path(weights).is_file():
-        load_completely(teacher, weights, 'teacher_ckpt', trust_checkpoint)
-        return dict(accuracy=_evaluate(plain_config(cfg), teacher, trust_checkpoint),
-                    accuracy_from='evaluated')
-    found = metafile_metrics(str(cfg.model.teacher.get('cfg_path')))
-    return dict(accuracy=found or None, accuracy_from='metafile' if found else None)
-
-
-def _evaluate(plain: Config, model: BaseModel, trust_checkpoint: bool) -> dict[str, float]:
-    """Runs the test of a plain config with this model."""
-    missing = missing_inputs(plain, training=False)
-    if missing:
-        raise ValueError('--evaluate: ' + '\n'.join(missing))
-    with TemporaryDirectory() as work_dir:
-        cfg = plain.copy()
-        # A visualizer of the config's name would be that of the run before, whose folder is gone.
-        cfg.update(work_dir=work_dir, load_from=None, resume=False, launcher='none', custom_hooks=[], visualizer=None,
-                   experiment_name=f'evaluation_{id(model)}')
-        with data_only(trust_checkpoint):
-            runner = Runner.from_cfg(cfg)
-            runner.model = model.to(get_device())
-            metrics = runner.test()
-        return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}

@@ -54,11 +54,12 @@ def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
     dataset = cfg[_loader(cfg)].dataset
     while 'pipeline' not in dataset:
         dataset = dataset.get('dataset') or dataset.datasets[0]
-    steps = [step for step in dataset.pipeline if not str(step['type']).endswith('LoadImageFromFile')]
+    loads = [str(step['type']).split('.')[-1].startswith('Load') for step in dataset.pipeline]  # images, annotations
+    steps = [step for step, load in zip(dataset.pipeline, loads) if not load]
     height, width = image.shape[:2]
     item = dict(img=image, img_path=path, img_id=0, img_shape=(height, width), ori_shape=(height, width),
                 height=height, width=width, instances=[])
-    if len(steps) == len(dataset.pipeline):  # as MMPretrain has them: RGB, and no file
+    if not any(loads):  # as MMPretrain has them: RGB, and no file
         image = cv2.resize(image, (_IN_MEMORY, _IN_MEMORY), interpolation=cv2.INTER_AREA)
         item.update(img=image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1]), img_path=None)
     return Compose(steps)(item)

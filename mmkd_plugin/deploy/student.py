@@ -1,6 +1,6 @@
 """The student by itself: its plain config, and its weights as a checkpoint that needs nothing of ours."""
 import copy
-import os
+import io
 from pathlib import Path
 
 import torch
@@ -8,12 +8,14 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import weights_to_cpu
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely, read_checkpoint
 from ..config.cfg_path import build_model, read_cfg_path
 from .cost import RawOutputs
+from .files import finished, refuse_existing
 from .sample_batch import sample_batch
 
 
@@ -100,23 +102,15 @@ def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = Fal
         ValueError: the weights do not fit the student, the file fails the check, or ``out`` exists and
             ``overwrite`` is False.
     """
-    path = Path(out)
-    if path.exists() and not overwrite:
-        raise ValueError(f'out: {out!r} exists; choose another name, or overwrite it with --overwrite')
+    refuse_existing('out', out, overwrite)
     model = build_student(cfg, checkpoint, trust_checkpoint)
     meta = dict(read_checkpoint(checkpoint, 'checkpoint', trust_checkpoint).get('meta', {}))
     meta['cfg'] = plain_config(cfg).pretty_text
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'{path.name}.unfinished')
-    try:
-        with unfinished.open('wb') as file:
-            torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), file)
-            file.flush()
-            os.fsync(file.fileno())
+    with finished('out', out, overwrite) as unfinished:
+        content = io.BytesIO()  # torch.save to a file on a full disk says nothing of the disk
+        torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), content)
+        unfinished.write_bytes(content.getbuffer())
         _check_exported(unfinished, cfg, checkpoint, trust_checkpoint)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return foreign_parts(model)
 
 
@@ -147,8 +141,12 @@ def _distilled_student(cfg: Config, checkpoint: str, trust_checkpoint: bool) -> 
 
 
 def image_channels(model: nn.Module) -> int:
-    """Returns how many channels the images have that a model takes."""
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    """Returns how many channels the images have that a model takes: one or three."""
+    mean = getattr(model.data_preprocessor, 'mean', None)
+    if mean is not None:
+        return mean.numel()
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    return 1 if first == 1 else 3  # YOLOX folds its images to twelve
 
 
 @torch.no_grad()
@@ -156,8 +154,17 @@ def _outputs(model: BaseModel, batch: dict) -> list[torch.Tensor]:
     """Returns the tensors that a model makes of a batch: raw, and after post-processing."""
     data = model.data_preprocessor(copy.deepcopy(batch), False)
     raw = RawOutputs(model, data.get('data_samples'))(data['inputs'])
-    found = list(raw)
-    for sample in model(**data, mode='predict'):
-        boxes = sample.get('pred_instances')
-        found += [sample.pred_score] if boxes is None else [boxes.bboxes, boxes.scores, boxes.labels]
-    return found
+    return [*raw, *_tensors(model(**data, mode='predict'))]
+
+
+def _tensors(predictions: object) -> list[torch.Tensor]:
+    """Returns the tensors in predictions of any kind: boxes, masks, panoptic maps, scores, those of several tasks."""
+    if isinstance(predictions, torch.Tensor):
+        return [predictions]
+    if isinstance(predictions, BaseDataElement):  # without what the data set says
+        predictions = [value for name, value in predictions.items() if not name.startswith('gt_')]
+    elif isinstance(predictions, dict):
+        predictions = list(predictions.values())
+    if isinstance(predictions, (list, tuple)):
+        return [tensor for each in predictions for tensor in _tensors(each)]
+    return []

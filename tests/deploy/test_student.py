@@ -1,14 +1,20 @@
 """What a student is outside a distillation, what becomes of its checkpoints, and what export says of it."""
+import base64
 import copy
+import io
 import json
 import re
+import resource
 import runpy
+import shutil
+import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import classifier
+from conftest import classification_batch, classifier
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
@@ -18,9 +24,11 @@ from mmengine.visualization import Visualizer
 from mmpretrain import get_model
 from test_digits_configs import data, load, teacher  # noqa: F401  fixtures
 
-from mmkd_plugin import measure
 from mmkd_plugin.checkpoints.resume import add_safety_hooks
-from mmkd_plugin.deploy.student import export_student, plain_config
+from mmkd_plugin.deploy import cost, student
+from mmkd_plugin.deploy.onnx_export import export_onnx
+from mmkd_plugin.deploy.sample_batch import sample_batch
+from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
 DIGITS = Path('configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py')
 HOOKS = [dict(type='EMAHook', momentum=0.5), dict(type='mmrazor.StopDistillHook', stop_epoch=2),
@@ -31,7 +39,7 @@ HOOKS = [dict(type='EMAHook', momentum=0.5), dict(type='mmrazor.StopDistillHook'
 def export(monkeypatch, capsys):
     """Runs the tool; returns what it says."""
     monkeypatch.syspath_prepend('tools')
-    monkeypatch.setattr(measure, 'ROUNDS', 3)
+    monkeypatch.setattr(cost, 'ROUNDS', 3)
 
     def export(*args):
         monkeypatch.setattr(sys, 'argv', ['export_student.py', *map(str, args)])
@@ -173,19 +181,77 @@ def test_the_policy_goes_on_from_its_own_values_not_from_their_average(data, tea
     export_student(cfg, str(tmp_path / 'epoch_3.pth'), str(tmp_path / 'student.pth'))
 
 
-def test_the_report_has_the_accuracy_of_both(averaged, export, tmp_path):
+@pytest.fixture(scope='module')
+def reported(averaged, tmp_path_factory):
+    """What the tool writes and says with all that it can do."""
     pytest.importorskip('onnxruntime')
     cfg, runner, work_dir = averaged
-    config = tmp_path / 'config.py'
-    cfg.dump(config)
-    said = export(config, work_dir / 'epoch_3.pth', tmp_path / 'student.pth', '--evaluate', '--onnx',
-                  tmp_path / 's.onnx')
-    report = json.loads((tmp_path / 'student.json').read_text())
+    folder = tmp_path_factory.mktemp('reported')
+    cfg.dump(folder / 'config.py')
+    arguments = [folder / 'config.py', work_dir / 'epoch_3.pth', folder / 'student.pth', '--evaluate', '--onnx',
+                 '--int8', '--calibrate', 4, '--report', '--baseline', work_dir / 'epoch_2.pth']
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.syspath_prepend('tools')
+        patch.setattr(cost, 'ROUNDS', 3)
+        patch.setattr(sys, 'argv', ['export_student.py', *map(str, arguments)])
+        runpy.run_path('tools/export_student.py', run_name='__main__')
+    return folder, json.loads((folder / 'student.json').read_text()), said.getvalue(), runner
+
+
+def test_the_report_has_all_of_them_side_by_side(reported):
+    folder, report, said, runner = reported
     validated = runner.message_hub.get_scalar('val/coco/bbox_mAP').current()
     assert report['student']['accuracy']['coco/bbox_mAP'] == pytest.approx(validated)
-    assert report['teacher']['accuracy_from'] == 'evaluated' and 'coco/bbox_mAP' in report['teacher']['accuracy']
-    assert report['input'] == [1, 3, 128, 128] and report['onnx']['outputs'][0] == 'cls_scores_0'
-    assert 'coco/bbox_mAP' in said and (tmp_path / 's.onnx').exists()
+    assert report['onnx']['accuracy']['coco/bbox_mAP'] == pytest.approx(validated, abs=1e-3)
+    assert report['teacher']['accuracy_from'] == 'evaluated' and report['input'] == [1, 3, 128, 128]
+    assert report['onnx']['outputs'] == ['boxes', 'scores', 'labels']
+    assert abs(report['int8']['drop']) <= 1 and report['int8']['calibrated_with'] == 4
+    for name in ('teacher', 'baseline', 'student', 'onnx', 'int8'):
+        found = report[name]
+        assert found['latency_p95_ms'] >= found['latency_ms'] > 0 and 'coco/bbox_mAP' in found['accuracy']
+    assert report['int8']['file_bytes'] == (folder / 'student.int8.onnx').stat().st_size
+    assert report['int8']['file_bytes'] < 0.5 * report['onnx']['file_bytes']
+    assert {path.name for path in folder.iterdir()} == {
+        'config.py', 'student.pth', 'student.onnx', 'student.int8.onnx', 'student.json', 'student.html'}
+    assert 'ONNX, 8 bits' in said
+
+
+def test_the_page_shows_them_beside_the_truth(reported):
+    folder, report, *_ = reported
+    text = (folder / 'student.html').read_text()
+    assert 'http' not in re.sub('data:image/png;base64,[^"]*', '', text)  # one file, which loads nothing
+    captions = re.findall('<figcaption>(.*?)</figcaption>', text)
+    assert captions == ['truth', 'teacher', 'student alone', 'student', 'ONNX', 'ONNX, 8 bits'] * 4
+    pictures = re.findall('base64,([^"]*)"', text)
+    assert all(base64.b64decode(picture).startswith(b'\x89PNG') for picture in pictures)
+    for value in (report['config'], report['checkpoint'], report['data'], report['environment']['commit']):
+        assert value in text
+
+
+def test_the_page_opens_in_a_browser(reported, tmp_path):
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if browser is None:
+        pytest.skip('neither chromium nor google-chrome is installed')
+    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', f'--user-data-dir={tmp_path}']
+    shown = subprocess.run([browser, *flags, '--dump-dom', f'file://{reported[0]}/student.html'], text=True,
+                           timeout=300, capture_output=True).stdout
+    assert shown.count('<figcaption>') == 24 and '<td>ONNX, 8 bits</td>' in shown
+    assert len(re.findall(r'<tr>', shown)) >= 6 and 'What they find' in shown
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--int8'], '--int8: it is made from the ONNX. Add --onnx'),
+    (['--onnx', '--onnx-raw', '--int8'], '--int8: raw outputs cannot be evaluated'),
+    (['--report'], "--report: '.*student.html' exists"),
+    (['--onnx', '--int8', '--calibrate', '0'], '--calibrate: at least one image'),
+])
+def test_what_would_stop_it_is_said_before_anything_is_written(options, message, tmp_path, export, data):  # noqa: F811
+    (tmp_path / 'student.html').write_text('mine')
+    checkpoint = tmp_path / 'none.pth'
+    with pytest.raises(SystemExit, match=message):
+        export(DIGITS, checkpoint, tmp_path / 'student.pth', *options)
+    assert [path.name for path in tmp_path.iterdir()] == ['student.html']
 
 
 def test_a_torn_checkpoint_or_an_existing_file_leaves_nothing_behind(averaged, tmp_path):
@@ -199,6 +265,68 @@ def test_a_torn_checkpoint_or_an_existing_file_leaves_nothing_behind(averaged, t
         export_student(cfg, str(work_dir / 'epoch_3.pth'), str(tmp_path / 'mine.pth'))
     assert {path.name for path in tmp_path.iterdir()} == {'torn.pth', 'mine.pth'}
     assert (tmp_path / 'mine.pth').read_text() == 'mine'
+
+
+@pytest.fixture
+def small_disk():
+    """No file can be larger than 100,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_in_mid_export_leaves_nothing_behind(averaged, build, tmp_path, small_disk):
+    cfg, _, work_dir = averaged
+    with pytest.raises(ValueError, match=r"out: cannot write '.*student.pth': File too large. Nothing of it is left"):
+        export_student(cfg, str(work_dir / 'epoch_3.pth'), str(tmp_path / 'student.pth'))
+    model = build(classifier(8), 'mmpretrain').eval()
+    with pytest.raises(ValueError, match=r"--onnx: cannot write '.*a.onnx': File too large. Nothing of it is left"):
+        export_onnx(model, classification_batch(32), str(tmp_path / 'a.onnx'))
+    assert not [*tmp_path.iterdir()]
+
+
+def mask2former():
+    """Panoptic segmentation, small."""
+    cfg = get_config('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py')
+    cfg.model.backbone.update(depth=18, base_channels=8, init_cfg=None)
+    cfg.model.data_preprocessor.batch_augments = None
+    head = cfg.model.panoptic_head
+    head.update(in_channels=[8, 16, 32, 64], feat_channels=32, out_channels=32, num_queries=8)
+    head.positional_encoding.num_feats = head.pixel_decoder.positional_encoding.num_feats = 16
+    for part, attention in ((head.pixel_decoder.encoder, ['self_attn_cfg']),
+                            (head.transformer_decoder, ['self_attn_cfg', 'cross_attn_cfg'])):
+        part.num_layers = 1
+        part.layer_cfg.ffn_cfg.update(embed_dims=32, feedforward_channels=32)
+        for name in attention:
+            part.layer_cfg[name].update(embed_dims=32, num_heads=4)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (128, 96)
+    return cfg
+
+
+def several_tasks():
+    heads = {name: dict(type='LinearClsHead', num_classes=count) for name, count in (('color', 3), ('kind', 4))}
+    model = dict(classifier(8), head=dict(type='MultiTaskHead', in_channels=64, task_heads=heads))
+    pack = dict(type='PackMultiTaskInputs', multi_task_fields=['gt_label'])
+    return Config(dict(default_scope='mmpretrain', model=model, test_dataloader=dict(dataset=dict(
+        type='CIFAR10', data_root='not here', pipeline=[pack]))))
+
+
+@pytest.mark.parametrize('make, kinds', [(mask2former, {torch.int64}), (several_tasks, {torch.float32})],
+                         ids=['panoptic', 'several tasks'])
+def test_a_student_of_any_kind_is_checked_by_what_it_returns(make, kinds, tmp_path, monkeypatch):
+    cfg = make()
+    init_default_scope(cfg.default_scope)
+    torch.save(dict(state_dict=MODELS.build(copy.deepcopy(cfg.model)).state_dict()), tmp_path / 'a.pth')
+    compared = []
+    monkeypatch.setattr(student, '_tensors', lambda found, real=student._tensors: compared.append(real(found)) or
+                        compared[-1])
+    assert export_student(cfg, str(tmp_path / 'a.pth'), str(tmp_path / 'student.pth')) == []
+    assert kinds <= {tensor.dtype for tensor in compared[-1]} and len(compared[-1]) >= 2
+    model = build_student(cfg, str(tmp_path / 'student.pth')).eval()
+    batch, _ = sample_batch(cfg)
+    with pytest.raises(ValueError, match='--onnx: (Mask2Former is neither|ImageClassifier with MultiTaskHead)'):
+        export_onnx(model, batch, str(tmp_path / 'a.onnx'))
 
 
 def test_a_file_that_puts_out_something_else_is_not_written(tmp_path, monkeypatch):

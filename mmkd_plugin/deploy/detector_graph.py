@@ -1,0 +1,180 @@
+"""A detector of one stage as one graph: from pixels to boxes, scores and labels.
+
+MMDetection's own post-processing takes one image at a time and branches on what it finds, which tracing would freeze.
+Here the batch stays whole, candidates that fall away keep their place with a score of -1, and no branch depends on the
+data.
+
+Letters: N images, L levels, K candidates, M detections an image.
+"""
+from typing import NamedTuple
+
+import torch
+from mmdet.models.dense_heads import GFLHead, YOLOXHead
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+from torch import Tensor, nn
+
+from .nms import keep_best
+from .pixels import Pixels
+
+UNLIMITED = 300  # detections of an image where the head sets no limit (YOLOX); COCO counts 100
+
+
+class Candidates(NamedTuple):
+    """What is left to suppress, of each image."""
+    boxes: Tensor  # (N, K, 4), left, top, right, bottom
+    scores: Tensor  # (N, K), -1 where there is none
+    labels: Tensor  # (N, K)
+
+
+class DetectorGraph(nn.Module):
+    """From ``images`` (N, C, H, W) and ``image_sizes`` (N, 2) to ``boxes`` (N, M, 4), ``scores`` and ``labels`` (N, M).
+
+    Boxes are in pixels of ``images``. Detections are in the order of their scores; after the last one scores are 0
+    and labels -1. Candidates with equal scores are taken from the finest level first, there row by row, at one place
+    anchor by anchor, and then by their label.
+
+    Args:
+        model: one that :func:`why_not` has nothing against.
+        pixels: its preprocessing.
+    """
+
+    outputs = ('boxes', 'scores', 'labels')
+
+    def __init__(self, model: SingleStageDetector, pixels: Pixels) -> None:
+        super().__init__()
+        self.network = model
+        self.pixels = pixels
+        self.find = _rule(model.bbox_head)
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = self.network(self.pixels(images, image_sizes), mode='tensor')
+        head = self.network.bbox_head
+        candidates = self.find(head, outputs, image_sizes)
+        limit = head.test_cfg.get('max_per_img', UNLIMITED)
+        return keep_best(*candidates, head.test_cfg.nms, limit if limit > 0 else UNLIMITED)
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Returns why a detector has no such graph, or None if it has."""
+    name = type(model).__name__
+    head = getattr(model, 'bbox_head', None)
+    if not isinstance(model, SingleStageDetector) or head is None:
+        return f'{name} is neither a classifier nor a detector of one stage with a box head'
+    if _rule(head) is None:
+        return f'the post-processing of {type(head).__name__} is its own, and is not known here'
+    if getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False):
+        return f'the scores of {type(head.loss_cls).__name__} are its own, and are not known here'
+    if not isinstance(head, YOLOXHead) and type(head.bbox_coder) not in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder):
+        return f'the boxes of {type(head.bbox_coder).__name__} are not decoded here'
+    nms = head.test_cfg.get('nms') or {}
+    odd = set(nms) - {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
+    if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or odd:
+        return (f'test_cfg.nms is {dict(nms)}. ONNX has the plain one, dict(type=\'nms\', iou_threshold=...)')
+    return None
+
+
+def _rule(head: nn.Module):
+    """Returns the function that finds a head's candidates, or None where the head's own rule is another."""
+    kind = type(head)
+    if getattr(kind, 'predict_by_feat', None) is YOLOXHead.predict_by_feat:
+        return yolox_candidates
+    if (getattr(kind, 'predict_by_feat', None) is not BaseDenseHead.predict_by_feat
+            or kind._bbox_post_process is not BaseDenseHead._bbox_post_process):
+        return None
+    if kind._predict_by_feat_single is GFLHead._predict_by_feat_single:
+        return gfl_candidates
+    return dense_candidates if kind._predict_by_feat_single is BaseDenseHead._predict_by_feat_single else None
+
+
+def dense_candidates(head: BaseDenseHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
+    """RetinaNet, FCOS, ATSS, RTMDet and others whose rule is ``BaseDenseHead``'s."""
+    factors = outputs[2] if len(outputs) > 2 and outputs[2] is not None else [None] * len(outputs[0])
+    levels = []
+    for scores, boxes, factor, priors in zip(*outputs[:2], factors, _priors(head, outputs[0]), strict=True):
+        scores, labels, places = best_of_level(head, scores)
+        deltas = _take(_flat(boxes, 4), places)
+        boxes = head.bbox_coder.decode(priors[places].flatten(0, 1), deltas.flatten(0, 1)).reshape(deltas.shape)
+        if factor is not None:
+            scores = scores * _flat(factor, 1).squeeze(2).sigmoid().gather(1, places)  # -1 stays negative
+        levels.append((boxes, scores, labels))
+    return _within(head, levels, image_sizes)
+
+
+def gfl_candidates(head: GFLHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
+    """GFL, whose four distances are each the mean of a distribution over strides."""
+    levels = []
+    for scores, boxes, priors, stride in zip(*outputs, _priors(head, outputs[0]), head.prior_generator.strides,
+                                             strict=True):
+        scores, labels, places = best_of_level(head, scores)
+        bins = _take(_flat(boxes, 4 * (head.reg_max + 1)), places)
+        distances = head.integral(bins.flatten(0, 1)) * stride[0]
+        points = head.anchor_center(priors[places].flatten(0, 1))
+        boxes = head.bbox_coder.decode(points, distances).reshape(*places.shape, 4)
+        levels.append((boxes, scores, labels))
+    return _within(head, levels, image_sizes)
+
+
+def yolox_candidates(head: YOLOXHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
+    """YOLOX: the best class of each place, and boxes that are not cut at the image's border."""
+    priors = torch.cat(head.prior_generator.grid_priors(
+        [scores.shape[-2:] for scores in outputs[0]], dtype=outputs[0][0].dtype, device=outputs[0][0].device,
+        with_stride=True))
+    scores, boxes, objectness = (torch.cat([_flat(level, size) for level in levels], 1)
+                                 for levels, size in zip(outputs, (head.cls_out_channels, 4, 1), strict=True))
+    scores, labels = scores.sigmoid().max(2)
+    scores = scores * objectness.squeeze(2).sigmoid()
+    centers = boxes[..., :2] * priors[:, 2:] + priors[:, :2]
+    halves = boxes[..., 2:].exp() * priors[:, 2:] / 2
+    scores = scores.masked_fill(scores < head.test_cfg.score_thr, -1)
+    return Candidates(torch.cat([centers - halves, centers + halves], 2), scores, labels)
+
+
+def best_of_level(head: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the scores, labels and places of the best ``nms_pre`` pairs of a place and a label above the threshold.
+
+    Args:
+        logits: of one level, (N, anchors * classes, H, W).
+    """
+    logits = _flat(logits, head.cls_out_channels)
+    scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(2)[..., :-1]
+    classes = head.cls_out_channels if head.use_sigmoid_cls else head.cls_out_channels - 1
+    scores = scores.flatten(1)
+    scores = scores.masked_fill(scores <= head.test_cfg.get('score_thr', 0), -1)
+    scores, index = top(scores, head.test_cfg.get('nms_pre', -1))
+    return scores, index % classes, torch.div(index, classes, rounding_mode='floor')
+
+
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest ``count`` of each row, or all where there are fewer or ``count`` is not positive."""
+    length = torch.as_tensor(values.shape[1])
+    return values.topk(torch.minimum(length, torch.tensor(count)) if count > 0 else length)
+
+
+def _within(head: BaseDenseHead, levels: list[tuple], image_sizes: Tensor) -> Candidates:
+    """Joins the levels, cuts boxes at the border of their image, and drops those that are too small."""
+    boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))
+    if head.bbox_coder.clip_border:
+        limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)  # (N, 1, 4)
+        boxes = torch.minimum(boxes.clamp(min=0), limits)
+    smallest = head.test_cfg.get('min_bbox_size', -1)
+    if smallest >= 0:
+        small = (boxes[..., 2:] - boxes[..., :2]).amin(2) <= smallest
+        scores = scores.masked_fill(small, -1)
+    return Candidates(boxes, scores, labels)
+
+
+def _priors(head: BaseDenseHead, levels: list[Tensor]) -> list[Tensor]:
+    return head.prior_generator.grid_priors([level.shape[-2:] for level in levels], dtype=levels[0].dtype,
+                                            device=levels[0].device)
+
+
+def _flat(level: Tensor, size: int) -> Tensor:
+    """(N, anchors * size, H, W) to (N, H * W * anchors, size)."""
+    return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, size)
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """Returns ``values`` (N, P, size) at ``places`` (N, K)."""
+    return values.gather(1, places.unsqueeze(2).expand(-1, -1, values.shape[2]))

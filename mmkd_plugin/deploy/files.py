@@ -1,0 +1,43 @@
+"""Files that are whole or not there."""
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR}
+
+
+def refuse_existing(option: str, path: str | Path, overwrite: bool) -> None:
+    """Raises ``ValueError`` if ``path`` exists and must not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise ValueError(f'{option}: {str(path)!r} exists. Choose another name, or replace it with --overwrite')
+
+
+@contextmanager
+def finished(option: str, path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Gives the name of an unfinished file, which becomes ``path`` if the block ends without an error.
+
+    Args:
+        option: what the message names, such as ``'--onnx'``.
+        path: of the finished file. Its folder is made.
+        overwrite: whether it may exist.
+
+    Raises:
+        ValueError: the file exists, or cannot be written. Nothing of it is left then.
+    """
+    refuse_existing(option, path, overwrite)
+    path = Path(path)
+    unfinished = path.with_name(f'{path.name}.unfinished')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        with unfinished.open('rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise ValueError(f'{option}: cannot write {str(path)!r}: {error.strerror}. Nothing of it is left') from error
+    finally:
+        unfinished.unlink(missing_ok=True)

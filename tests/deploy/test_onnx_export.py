@@ -1,0 +1,267 @@
+"""A student as ONNX against plain MMDetection and MMPretrain, and what is said of its costs."""
+import copy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import classification_batch, classifier, detection_batch, retinanet
+from mmdet.models import YOLOX
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmkd_plugin.compat import StackError
+from mmkd_plugin.deploy.cost import measure
+from mmkd_plugin.deploy.onnx_export import export_onnx
+from mmkd_plugin.deploy.onnx_model import OnnxModel
+from mmkd_plugin.deploy.pixels import Pixels
+from mmkd_plugin.deploy.sample_batch import sample_batch
+from mmkd_plugin.deploy.student import plain_config
+
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+
+
+def metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+
+
+def small(name):
+    """A model of MMDetection's zoo on the tests' backbone, with heads of 16 channels for 3 classes."""
+    model = get_config(name).model
+    model.bbox_head.update(num_classes=3, in_channels=16, feat_channels=16, norm_cfg=None)
+    model.update(backbone=retinanet()['backbone'], neck=dict(retinanet()['neck'], num_outs=5))
+    model.test_cfg.update(score_thr=0.1, max_per_img=20)
+    return dict(model)
+
+
+def yolo_like(name):
+    """RTMDet or YOLOX, whose own backbone and neck are small."""
+    model = get_config(name).model
+    model.backbone.update(deepen_factor=0.167, widen_factor=0.125, init_cfg=None)
+    model.neck.update(in_channels=[32, 64, 128], out_channels=16, num_csp_blocks=1)
+    model.bbox_head.update(num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1)
+    model.test_cfg.update(score_thr=0.1)
+    return dict(model)
+
+
+DETECTORS = dict(
+    retinanet=lambda: dict(retinanet(), bbox_head=dict(retinanet()['bbox_head'], anchor_generator=dict(
+        type='mmdet.AnchorGenerator', octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 1.0],
+        strides=[8, 16, 32, 64]))),
+    fcos=lambda: small('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'),
+    atss=lambda: small('mmdet::atss/atss_r50_fpn_1x_coco.py'),
+    gfl=lambda: small('mmdet::gfl/gfl_r50_fpn_1x_coco.py'),
+    rtmdet=lambda: yolo_like('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
+    yolox=lambda: yolo_like('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'),
+)
+
+
+@torch.no_grad()
+def lively(model):
+    """Makes the boxes and scores of a random head differ from place to place, as a trained one's do."""
+    for name, parameter in model.bbox_head.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel()**-0.5)
+        elif name.endswith('bias'):
+            torch.nn.init.normal_(parameter, std=0.3)
+    for branch in getattr(model.bbox_head, 'rtm_reg', []):
+        branch.bias += 2  # whose distances are not positive by themselves
+    if isinstance(model, YOLOX):  # computes with pixels, and with the exponent of sides
+        model.backbone.stem.conv.conv.weight *= 0.01
+        for branches in ('reg', 'cls', 'obj'):
+            for branch in getattr(model.bbox_head, f'multi_level_conv_{branches}'):
+                branch.weight *= 0.05 if branches == 'reg' else 0.2
+    return model.eval()
+
+
+def images(*sizes, path='a.jpg', seed=0):
+    """A batch of images of given heights and widths, as a data loader gives it."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [DetDataSample(metainfo=dict(img_path=path, img_shape=size, ori_shape=size, scale_factor=(1., 1.)))
+               for size in sizes]
+    return dict(inputs=[torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes],
+                data_samples=samples)
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_a_detector_finds_what_mmdetection_finds(build, tmp_path, name):
+    model = lively(build(DETECTORS[name]()))
+    even = name in ('rtmdet', 'yolox')  # whose pipelines pad to multiples of 32
+    found = export_onnx(model, images((64, 64)), str(tmp_path / 'a.onnx'))
+    assert found['outputs'] == ['boxes', 'scores', 'labels'] and found['agreement']['unmatched'] == 0
+    # another number and other sizes than it was exported with, each image with padding of its own
+    batch = images(*([(96, 64), (96, 64)] if even else [(70, 90), (100, 64), (33, 47)]))
+    runtime = OnnxModel(tmp_path / 'a.onnx')
+    boxes, scores, labels = runtime.run(batch)
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    with torch.no_grad():
+        expected = model.predict(data['inputs'], data['data_samples'], rescale=False)
+    limit = 300 if name == 'yolox' else model.test_cfg.max_per_img  # YOLOX has none of its own
+    assert boxes.shape == (len(expected), limit, 4)
+    for one, score, label, sample in zip(boxes, scores, labels, expected):
+        wanted = sample.pred_instances[:limit]
+        count = len(wanted)
+        assert count > 5
+        np.testing.assert_allclose(score[:count], wanted.scores.numpy(), atol=1e-4)
+        np.testing.assert_allclose(one[:count], wanted.bboxes.numpy(), atol=1e-2)
+        np.testing.assert_array_equal(label[:count], wanted.labels.numpy())
+        assert (score[count:] == 0).all() and (label[count:] == -1).all() and (one[count:] == 0).all()
+
+
+def test_what_lies_in_the_padding_does_not_matter_and_channels_are_rgb(build, tmp_path):
+    model = lively(build(DETECTORS['retinanet']()))
+    found = export_onnx(model, images((64, 64)), str(tmp_path / 'a.onnx'))
+    assert found['input']['channels'] == 'RGB' and metadata(tmp_path / 'a.onnx')['dtype'] == 'uint8'
+    batch = images((50, 64), (64, 50))
+    feeds = OnnxModel(tmp_path / 'a.onnx').feeds(batch)
+    np.testing.assert_array_equal(feeds['images'][0, :, :50], batch['inputs'][0].numpy()[::-1])  # BGR from a file
+    wanted = session(tmp_path / 'a.onnx').run(None, feeds)
+    feeds['images'] = feeds['images'].copy()
+    feeds['images'][0, :, 50:] = 200
+    feeds['images'][1, :, :, 50:] = 7
+    for one, other in zip(session(tmp_path / 'a.onnx').run(None, feeds), wanted):
+        np.testing.assert_array_equal(one, other)
+    feeds['image_sizes'] = np.array([[50, 64], [50, 64]])  # the second is cut there
+    assert session(tmp_path / 'a.onnx').run(None, feeds)[0][1][:, 1::2].max() <= 50
+
+
+def test_equal_scores_are_taken_in_the_order_of_level_row_anchor_and_label(build, tmp_path):
+    model = build(retinanet(levels=4)).eval()
+    for parameter in model.bbox_head.parameters():
+        torch.nn.init.zeros_(parameter)  # every score is 0.5, every box its anchor
+    export_onnx(model, images((64, 64)), str(tmp_path / 'a.onnx'))
+    boxes, scores, labels = OnnxModel(tmp_path / 'a.onnx').run(images((64, 64)))
+    assert (scores == 0.5).all() and labels[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
+    # 32 x 32 around (0, 0), (8, 0), (16, 0), cut at the border; the second overlaps the first by 0.67, the third by 0.5
+    assert boxes[0, :4].tolist() == [[0, 0, 16, 16]] * 3 + [[0, 0, 32, 16]]
+
+
+def test_channel_order_and_normalisation_are_the_models(build):
+    batch = images((32, 32))
+    for reverse in (True, False):
+        model = build(retinanet(bgr_to_rgb=reverse)).eval()
+        expected = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
+        found = Pixels(model.data_preprocessor, 3, True)(*OnnxModel.inputs_of(batch))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    memory = images((32, 32), path=None)  # RGB already
+    assert torch.equal(OnnxModel.inputs_of(memory)[0][0], memory['inputs'][0])
+
+
+@pytest.mark.parametrize('name', ['retinanet', 'fcos'])
+def test_raw_outputs_of_the_head(build, tmp_path, name):
+    model = lively(build(DETECTORS[name]()))
+    found = export_onnx(model, images((64, 64)), str(tmp_path / 'a.onnx'), raw=True)
+    batch = images((96, 128), (90, 128))
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    with torch.no_grad():
+        expected = model(data['inputs'])
+    kinds = ['cls_scores', 'bbox_preds', 'centernesses'][:len(expected)]
+    assert found['outputs'] == [f'{kind}_{level}' for kind in kinds for level in range(len(expected[0]))]
+    for one, other in zip(OnnxModel(tmp_path / 'a.onnx').run(batch), [x for levels in expected for x in levels],
+                          strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_classifier_is_whole(build, tmp_path):
+    model, batch = build(classifier(8), 'mmpretrain').eval(), classification_batch(32, 3)
+    for sample in batch['data_samples']:
+        sample.set_metainfo(dict(img_path='a.jpg'))
+    found = export_onnx(model, batch, str(tmp_path / 'a.onnx'))
+    assert found['outputs'] == ['scores'] and found['input']['images'] == ['N', 3, 32, 32]
+    pixels = np.stack([image.numpy() for image in batch['inputs']])[:, ::-1]  # BGR to RGB, by hand
+    scores, = session(tmp_path / 'a.onnx').run(None, dict(images=np.ascontiguousarray(pixels[:2])))
+    with torch.no_grad():
+        expected = torch.stack([sample.pred_score for sample in model.test_step(copy.deepcopy(batch))])
+    np.testing.assert_allclose(scores, expected[:2].numpy(), rtol=1e-4, atol=1e-6)
+    sample = OnnxModel(tmp_path / 'a.onnx').test_step(batch)[2]
+    assert sample.pred_label.item() == expected[2].argmax() and found['input']['channels'] == 'RGB'
+
+
+def test_a_graph_that_onnx_runtime_runs_otherwise_is_refused(build, tmp_path, monkeypatch):
+    model = build(classifier(8), 'mmpretrain').eval()
+    forward = model.head.fc.forward
+    monkeypatch.setattr(model.head.fc, 'forward', lambda x: forward(x) + torch.rand(4))
+    with pytest.raises(ValueError, match=r'scores \(4, 4\) of ONNX Runtime differs from PyTorch.s by .*nothing is'):
+        export_onnx(model, classification_batch(32), str(tmp_path / 'a.onnx'))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_graph_of_another_accuracy_is_refused(build, tmp_path):
+    model, batch = build(classifier(8), 'mmpretrain').eval(), classification_batch(32)
+    with pytest.raises(ValueError, match='accuracy/top1 is 70.20 with ONNX Runtime and 70.00 with PyTorch, 0.1 points'):
+        export_onnx(model, batch, str(tmp_path / 'a.onnx'), evaluate=lambda graph: {'accuracy/top1': 70.2},
+                    accuracy={'accuracy/top1': 70.0})
+    assert not [*tmp_path.iterdir()]
+
+
+def faster_rcnn():
+    model = get_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py').model
+    model.backbone.init_cfg = None
+    return dict(model)
+
+
+def multi_task():
+    heads = {name: dict(type='LinearClsHead', num_classes=4) for name in 'ab'}
+    return dict(classifier(8), head=dict(type='MultiTaskHead', in_channels=64, task_heads=heads))
+
+
+@pytest.mark.parametrize('model, scope, message', [
+    (faster_rcnn, 'mmdet', 'FasterRCNN is neither .*Export the whole with MMDeploy'),
+    (lambda: small('mmdet::paa/paa_r50_fpn_1x_coco.py'), 'mmdet', 'PAAHead is its own.*--onnx-raw'),
+    (lambda: dict(retinanet(), test_cfg=dict(nms=dict(type='soft_nms', iou_threshold=0.5), max_per_img=10)), 'mmdet',
+     "test_cfg.nms is .*soft_nms.*type='nms'"),
+    (lambda: small('mmdet::vfnet/vfnet_r50_fpn_1x_coco.py'), 'mmdet', 'the model uses mmcv::.*, which ONNX does'),
+    (multi_task, 'mmpretrain', 'ImageClassifier with MultiTaskHead does not end in one score a class'),
+], ids=['two stages', 'own post-processing', 'soft NMS', 'deformable', 'several tasks'])
+def test_what_has_no_graph_is_said_in_one_sentence(build, tmp_path, model, scope, message):
+    with pytest.raises(ValueError, match=f'--onnx: .*{message}'):
+        export_onnx(build(model(), scope).eval(), images((64, 64)), str(tmp_path / 'a.onnx'))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_there_or_missing_is_said(build, tmp_path, monkeypatch):
+    model, batch = build(classifier(8), 'mmpretrain').eval(), classification_batch(32)
+    (tmp_path / 'a.onnx').write_text('mine')
+    with pytest.raises(ValueError, match='a.onnx.* exists'):
+        export_onnx(model, batch, str(tmp_path / 'a.onnx'))
+    assert (tmp_path / 'a.onnx').read_text() == 'mine'
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(StackError, match='pip install onnx onnxruntime'):
+        export_onnx(model, batch, str(tmp_path / 'b.onnx'))
+
+
+def test_costs_of_the_demos_student():
+    cfg = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py')
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model).eval()
+    costs = measure(dict(student=(model, dict(inputs=torch.zeros(1, 3, 128, 128)))))['student']
+    assert costs['params'] == 1_048_462 and costs['flops'] == 132_542_464  # MMEngine's get_model_complexity_info
+    assert costs['latency_ms'] > 0
+
+
+def test_two_stages_have_costs(build):
+    model, batch = build(faster_rcnn()).eval(), detection_batch(64, 2)
+    data = model.data_preprocessor({key: values[:1] for key, values in batch.items()}, False)
+    costs = measure(dict(a=(model, data)))['a']
+    assert costs['params'] == sum(parameter.numel() for parameter in model.parameters()) and costs['flops'] > 1e9
+
+
+@pytest.mark.parametrize('config, size, channels', [
+    ('configs/amd_resnet_imagenet.py', (224, 224), 'file'), ('configs/amd_retinanet_coco.py', (938, 800), 'file'),
+    ('configs/sokd/cifar/sokd-fitnet_backbone_vgg13_vgg8_b64_cifar100.py', (32, 32), None)])
+def test_without_data_a_photograph_goes_through_the_pipeline(config, size, channels, tmp_path, monkeypatch):
+    cfg = plain_config(Config.fromfile(config))
+    monkeypatch.chdir(tmp_path)  # no data here
+    batch, images = sample_batch(cfg)
+    assert images == 'a photograph of Matplotlib and its mirror image'
+    one, mirrored = batch['inputs']
+    assert one.dtype == torch.uint8 and tuple(one.shape[1:]) == size and one.float().std() > 20
+    assert (one.flip(2).float() - mirrored.float()).abs().mean() < 5
+    assert bool(batch['data_samples'][0].metainfo.get('img_path')) == bool(channels)
