@@ -68,7 +68,8 @@ class Report:
         """Runs the config's test with a model; returns its metrics."""
         found = self.found[name]
         if found.get('accuracy_from', 'evaluated') != 'evaluated' or not found['accuracy']:
-            found.update(accuracy=evaluate(self.plain, self.models[name], trust_checkpoint=self.trust), accuracy_from='evaluated')
+            accuracy = evaluate(self.plain, self.models[name], trust_checkpoint=self.trust)
+            found.update(accuracy=accuracy, accuracy_from='evaluated')
         return found['accuracy']
 
     def evaluate_all(self) -> None:
