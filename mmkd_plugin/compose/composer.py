@@ -7,10 +7,11 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..checkpoints.guard import data_only
+from ..models.distillers.presets import PRESETS
 from ..models.tokens import to_map
 from .building import in_words
 from .network import Network, same_classes, stride
-from .text import SAME_CHANNELS, Plan, config_text
+from .text import Plan, config_text
 from .trial import Trial, try_one_step
 from .wiring import layers_of, propose_inherit, propose_layers
 
@@ -130,7 +131,7 @@ def _base_for(base: str | None, student: Network, teacher: Network, pairs: Seque
                           for network, names in zip((student, teacher), zip(*pairs)))
     if base is None:
         return 'reviewkd' if not student.is_detector else 'pkd' if s_widths == t_widths else 'fitnet'
-    if base in SAME_CHANNELS and s_widths != t_widths:
+    if PRESETS.get(base, {}).get('same_channels') and s_widths != t_widths:
         raise ValueError(f'base: {base!r} compares channel with channel, but the maps of {_listed(dict(pairs))} have '
                          f'{_listed(s_widths)} channels in the student and {_listed(t_widths)} in the teacher. Use '
                          '--base fitnet')

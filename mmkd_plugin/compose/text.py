@@ -6,7 +6,6 @@ from ..models.distillers.presets import PRESETS
 
 METHODS = dict(amd='AMDDistiller', sokd='SoKDDistiller', feature='FeatureDistiller')
 BASES = tuple(name for name in PRESETS if name != 'crd')  # which needs a data set and its size
-SAME_CHANNELS = ('pkd', 'cwd', 'fbkd')  # bases that compare channel with channel
 _WIDTH = 120
 
 

@@ -277,6 +277,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         for recorders in (self.distiller.student_recorders, self.distiller.teacher_recorders):
             for recorder in recorders.recorders.values():
                 recorder.reset_data_buffer()
+        if hasattr(self.distiller, 'forget'):
+            self.distiller.forget()
 
     def _distill_losses(self, search_batch: dict | None) -> tuple[dict[str, Tensor], set[str]]:
         """Returns the losses, and the full names of those whose weight is zero."""

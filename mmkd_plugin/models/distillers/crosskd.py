@@ -36,9 +36,8 @@ class CrossKD(nn.Module):
     not distilled.
 
     RetinaNet, FCOS, ATSS and GFL of MMDetection are supported, with equal heads in student and teacher but for their
-    depth. Call :meth:`prepare` once, then in each step run both models (the teacher to ``teacher_sources``, the
-    student in mode ``loss``), then :meth:`forward`, then :meth:`reset`. What follows in the teacher's head is computed
-    here, for both features, so the teacher need not compute it.
+    depth. Call :meth:`prepare` once, then in each step run both models (the teacher to the end of its neck, the student
+    in mode ``loss``), then :meth:`forward`, which runs the teacher's head itself, then :meth:`reset`.
 
     Args:
         after: i. None: all convolutions of the teacher's branch but the last, which is the paper's 3 of 4.
@@ -64,13 +63,6 @@ class CrossKD(nn.Module):
         self.reg_loss_weight = reg_loss_weight
         self._step: _Step | None = None
 
-    @property
-    def teacher_sources(self) -> dict[str, int]:
-        """Names of the teacher's modules that must run in a step, and how often: once per level."""
-        if self._step is None:
-            raise RuntimeError('CrossKD: call prepare(student, teacher) first')
-        return {f'bbox_head.{branch}.{self.after - 1}': self._step.levels for branch in BRANCHES}
-
     @torch.no_grad()
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         """Checks that the heads fit, freezes the teacher's and records what a step needs of both.
@@ -79,13 +71,16 @@ class CrossKD(nn.Module):
             ValueError: a model has no supported head, or the heads differ.
         """
         s_head, t_head = (_supported_head(model, name) for model, name in ((student, 'student'), (teacher, 'teacher')))
+        if not isinstance(getattr(teacher, 'neck', None), nn.Module):
+            raise ValueError(f'CrossKD: the teacher must have a neck, got {type(teacher).__name__} without one. Use '
+                             'another base.')
         after = max(len(t_head.cls_convs) - 1, 1) if self.after is None else self.after
         _check_heads(s_head, t_head, after)
         self.after = after
         if self.reg_loss_weight is None:
             self.reg_loss_weight = 4. if hasattr(t_head, 'integral') else 1.
         t_head.requires_grad_(False)
-        self._step = _Step(s_head, t_head, after)
+        self._step = _Step(s_head, teacher.neck, t_head, after)
 
     def forward(self) -> dict[str, Tensor]:
         """The losses of the step, float32 scalars.
@@ -121,7 +116,7 @@ class _Step:
     At most one record per level is kept, the latest, so validation between steps leaves no pile of them.
     """
 
-    def __init__(self, s_head: nn.Module, t_head: nn.Module, after: int):
+    def __init__(self, s_head: nn.Module, t_neck: nn.Module, t_head: nn.Module, after: int):
         self.t_head = t_head
         self.levels = len(t_head.prior_generator.strides)
         self.features = {}
@@ -130,6 +125,7 @@ class _Step:
                 activate = getattr(head, branch)[after - 1].activate
                 activate.inplace = False  # it would write over the record
                 self.features[side, branch] = _Inputs(activate, self.levels)
+        self.maps = _Outputs(t_neck)
         self.positives = _AverageFactor(s_head.loss_cls)
         self.feeds = [_Feed() for _ in BRANCHES]
         self.rest = _rest_of(t_head, after, self.feeds)
@@ -137,19 +133,19 @@ class _Step:
     def predictions(self) -> tuple[float | Tensor, tuple, tuple]:
         """Returns the number of positives, the teacher's predictions and the cross-head predictions: classes and
         boxes, each a list of levels."""
-        if self.positives.value is None or any(len(record.levels) < self.levels for record in self.features.values()):
-            raise RuntimeError('CrossKD: in each step, the teacher must run to teacher_sources and the student in mode '
-                               'loss')
+        if self.maps.value is None or self.positives.value is None:
+            raise RuntimeError('CrossKD: in each step, the teacher must run to the end of its neck and the student in '
+                               'mode loss')
+        with torch.no_grad():
+            t_predictions = self.t_head.forward(self.maps.value)[:2]  # not called: what hooks the head is not for here
         student, teacher = ([list(self.features[side, branch].levels) for branch in BRANCHES]
                             for side in ('student', 'teacher'))
-        with torch.no_grad():
-            t_predictions = self._finish(teacher)
         aligned = [[align_statistics(s, t) for s, t in zip(*levels, strict=True)]
                    for levels in zip(student, teacher, strict=True)]
         return self.positives.value, t_predictions, self._finish(aligned)
 
     def _finish(self, features: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs the rest of the teacher's head on the features of both branches, in the precision of the teacher."""
+        """Runs the rest of the teacher's head on features of both branches, in the precision of the teacher."""
         dtype = next(self.t_head.parameters()).dtype
         for feed, levels in zip(self.feeds, features, strict=True):
             feed.levels = [level.to(dtype) for level in levels]
@@ -159,7 +155,7 @@ class _Step:
     def reset(self) -> None:
         for record in self.features.values():
             record.levels.clear()
-        self.positives.value = None
+        self.maps.value = self.positives.value = None
 
 
 class _Inputs:
@@ -171,6 +167,17 @@ class _Inputs:
 
     def __call__(self, _, inputs: tuple) -> None:
         self.levels.append(inputs[0])
+
+
+class _Outputs:
+    """The last output of a module."""
+
+    def __init__(self, module: nn.Module):
+        self.value: Sequence[Tensor] | None = None
+        module.register_forward_hook(self)
+
+    def __call__(self, _, inputs: tuple, output: Sequence[Tensor]) -> None:
+        self.value = output
 
 
 class _AverageFactor:

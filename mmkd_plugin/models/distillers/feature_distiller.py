@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...registry import MODELS
 from ...utils import check_number
 from ..recording import check_sources, record_blank_image
+from .crosskd import CrossKD
 from .presets import fill_channels, resolve
 
 DATA_SAMPLES = 'data_samples'  # recorder of the student's input, for losses that read it
@@ -40,7 +41,9 @@ class FeatureDistiller(ConfigurableDistiller):
 
     Args:
         layers: names of modules, each the same in student and teacher or a pair (student's, teacher's).
-        base: a preset's name or a dict, as in :mod:`.presets`, or a list of them. None: no base.
+        base: a preset's name or a dict, as in :mod:`.presets`, or a list of them. None: no base. ``'crosskd'``, or
+            ``dict(preset='crosskd', ...)`` with arguments of :class:`CrossKD`, compares predictions of dense heads; it
+            reads no ``layers``, which may be empty then.
         loss_weight: in place of the base's ``weight``; a list if ``base`` is one.
         student_recorders, teacher_recorders, connectors, distill_losses, loss_forward_mappings: further ones, as in
             ``ConfigurableDistiller``.
@@ -60,15 +63,17 @@ class FeatureDistiller(ConfigurableDistiller):
                  distill_losses: dict | None = None,
                  loss_forward_mappings: dict | None = None,
                  **kwargs) -> None:
-        pairs = _pairs(layers)
+        self.bases, crosskd = _bases(base, loss_weight)
+        pairs = _pairs(layers) if layers or crosskd is None else {}
         clash = set(pairs) & (set(student_recorders or {}) | set(teacher_recorders or {}))
         if clash:
             raise ValueError(f'layers: a recorder has the name {min(clash)!r}, too. Rename the recorder')
-        self.bases = _bases(base, loss_weight)
         student = {name: dict(type='mmkd_plugin.MapOutputs', source=pair[0]) for name, pair in pairs.items()}
         teacher = {name: dict(type='mmkd_plugin.MapOutputs', source=pair[1]) for name, pair in pairs.items()}
         if any(DATA_SAMPLES in whole['inputs'].values() for _, whole in self.bases):
             student[DATA_SAMPLES] = dict(type='ModuleInputs', source='')
+        if crosskd is not None and not any(pair[1] == 'neck' for pair in pairs.values()):
+            teacher['crosskd'] = dict(type='ModuleOutputs', source='neck')  # the teacher runs as far as that
         self._written = dict(
             type='mmrazor.ConfigurableDistiller',
             student_recorders=dict(student_recorders or {}, **student),
@@ -78,6 +83,9 @@ class FeatureDistiller(ConfigurableDistiller):
             loss_forward_mappings=dict(loss_forward_mappings or {}))
         super().__init__(**{key: value for key, value in self._written.items() if key != 'type'}, **kwargs)
         self.layers = list(pairs)
+        self.pairs = [(layer, layer) for layer in self.layers]  # recorders of student and teacher
+        self.crosskd_weight, arguments = crosskd or (1.0, None)
+        self.crosskd = None if arguments is None else CrossKD(**arguments)
         self.weights: dict[str, float] = {}  # of the base's losses, by name
         self._whole: set[str] = set()  # connectors that take all maps of a layer
         self._fused: set[str] = set()  # connectors that take all maps of all layers
@@ -97,11 +105,15 @@ class FeatureDistiller(ConfigurableDistiller):
         check_sources(self._written['student_recorders'], model, 'layers')
         super().prepare_from_student(model)
         self._record(model, True)
+        if self.crosskd is not None:
+            self.__dict__['_student'] = model  # outside of the modules
 
     def prepare_from_teacher(self, model: nn.Module) -> None:
         """Also adds connectors and losses, so that every part exists before an optimiser is built."""
         check_sources(self._written['teacher_recorders'], model, 'layers')
         super().prepare_from_teacher(model)
+        if self.crosskd is not None:
+            self.crosskd.prepare(self.__dict__.pop('_student'), model)
         self._record(model, False)
         maps = {layer: (self.maps(layer, True), self.maps(layer, False)) for layer in self.layers}
         for layer, (s_maps, t_maps) in maps.items():
@@ -145,6 +157,12 @@ class FeatureDistiller(ConfigurableDistiller):
             for end, config in (('connector', base['connector']), ('t_connector', base['t_connector'])):
                 if config:
                     self._fused.add(self._add_connector(f'{name}_{end}', config, s_all, t_all))
+        if base['same_channels'] and s_all != t_all:
+            raise ValueError(
+                f'base: {name!r} compares channel with channel, but the maps of {", ".join(maps)} have {s_all} '
+                f"channels in the student and {t_all} in the teacher. Use base='fitnet', or adapt the channels: "
+                f"base=dict(preset={name!r}, same_channels=False, share='layer', connector=dict("
+                "type='mmkd_plugin.FitNetConnector', in_channels='s_channels', out_channels='t_channels'))")
         index = 0
         for layer, (s_maps, t_maps) in maps.items():
             for level in range(len(s_maps)):
@@ -206,7 +224,7 @@ class FeatureDistiller(ConfigurableDistiller):
     @property
     def loss_names(self) -> list[str]:
         """The names of all losses."""
-        return list(self.distill_losses)
+        return list(self.distill_losses) + (['loss_crosskd_cls', 'loss_crosskd_reg'] if self.crosskd else [])
 
     def place(self, layer: str, level: int, from_student: bool) -> dict:
         """Returns where a map is, as an entry of ``loss_forward_mappings``."""
@@ -279,10 +297,18 @@ class FeatureDistiller(ConfigurableDistiller):
 
     def compute_distill_losses(self) -> dict[str, Tensor]:
         """Returns the weighted losses of what is recorded."""
-        if self._outputs is not None:
-            return self.losses_of(self.loss_forward_mappings)
-        with self.step():
-            return self.losses_of(self.loss_forward_mappings)
+        if self._outputs is None:
+            with self.step():
+                return self.compute_distill_losses()
+        losses = self.losses_of(self.loss_forward_mappings)
+        if self.crosskd is not None:
+            losses.update({name: loss * self.crosskd_weight for name, loss in self.crosskd().items()})
+        return losses
+
+    def forget(self) -> None:
+        """Lets go of what a step has recorded outside of the recorders."""
+        if self.crosskd is not None:
+            self.crosskd.reset()
 
     def losses_of(self, names: Collection[str]) -> dict[str, Tensor]:
         """Returns these losses, weighted."""
@@ -301,26 +327,39 @@ class FeatureDistiller(ConfigurableDistiller):
 
     def weight_of(self, name: str) -> float:
         """Returns the weight of a loss: 0 if it cannot be other than zero."""
+        if name.startswith('loss_crosskd_'):
+            return self.crosskd_weight * getattr(self.crosskd, f'{name.removeprefix("loss_crosskd_")}_loss_weight')
         inner = getattr(self.distill_losses[name], 'loss_weight', 1.0) if name in self.distill_losses else 1.0
         return self.weights.get(name, 1.0) * (inner if isinstance(inner, (int, float)) else 1.0)
 
 
-def _bases(base: str | dict | Sequence[str | dict] | None,
-           loss_weight: float | Sequence[float] | None) -> list[tuple[str, dict]]:
-    """Returns the bases as names and dicts with every field."""
+def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | Sequence[float] | None) -> tuple[
+        list[tuple[str, dict]], tuple[float, dict] | None]:
+    """Returns the bases as names and dicts with every field; and the weight and arguments of CrossKD, if it is one."""
     several = isinstance(base, (list, tuple))
-    found = [resolve(each, f'base[{i}]' if several else 'base') for i, each in enumerate(
-        base if several else [] if base is None else [base])]
+    given = list(base) if several else [] if base is None else [base]
+    if loss_weight is None:
+        weights = [None] * len(given)
+    else:
+        weights = list(loss_weight) if isinstance(loss_weight, (list, tuple)) else [loss_weight]
+        if len(weights) != len(given):
+            raise ValueError(f'loss_weight: expected a number for each base, {len(given)} in all, got {loss_weight!r}')
+        for weight in weights:
+            check_number('loss_weight', weight, least=0)
+    found, crosskd = [], None
+    for i, (each, weight) in enumerate(zip(given, weights)):
+        if each == 'crosskd' or isinstance(each, dict) and each.get('preset') == 'crosskd':
+            arguments = {key: value for key, value in (each if isinstance(each, dict) else {}).items()
+                         if key not in ('preset', 'weight')}
+            own = each.get('weight', 1.0) if isinstance(each, dict) else 1.0
+            crosskd = own if weight is None else weight, arguments
+            continue
+        name, whole = resolve(each, f'base[{i}]' if several else 'base')
+        found.append((name, whole if weight is None else dict(whole, weight=weight)))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f'base: two have the name {max(names, key=names.count)!r}. Give one another name=')
-    if loss_weight is None:
-        return found
-    weights = list(loss_weight) if isinstance(loss_weight, (list, tuple)) else [loss_weight]
-    if len(weights) != len(found):
-        raise ValueError(f'loss_weight: expected a number for each base, {len(found)} in all, got {loss_weight!r}')
-    return [(name, dict(whole, weight=check_number('loss_weight', weight, least=0)))
-            for (name, whole), weight in zip(found, weights)]
+    return found, crosskd
 
 
 def _pairs(layers: Sequence[str | Sequence[str]]) -> dict[str, tuple[str, str]]:

@@ -13,6 +13,8 @@ A base is a dict with these fields; :data:`PRESETS` has them filled in for publi
     one for all maps of all layers, shallow to deep, which it takes as a list; the channels then are lists, too.
 ``aligned``
     Whether ``connector`` gives maps of the teacher's shape, which SoKD's policy can compare with the teacher's.
+``same_channels``
+    Whether the loss compares channel with channel, and nothing brings the student's to the teacher's number.
 ``inputs``
     What each argument of the loss gets: ``'student'``, ``'teacher'`` or ``'data_samples'``.
 ``weight``
@@ -27,7 +29,8 @@ from ...utils import check_dict, check_number, closest
 
 _S_T = dict(s_feature='student', t_feature='teacher')
 _PREDS = dict(preds_S='student', preds_T='teacher')
-_DEFAULTS = dict(connector=None, t_connector=None, share='map', aligned=False, inputs=_S_T, weight=1.0, at_once=False)
+_DEFAULTS = dict(connector=None, t_connector=None, share='map', aligned=False, same_channels=False,
+                 inputs=_S_T, weight=1.0, at_once=False)
 _POOL = dict(type='TorchFunctionalConnector', function_name='adaptive_avg_pool2d', func_args=dict(output_size=1))
 _CHANNELS = dict(in_channels='s_channels', out_channels='t_channels')
 
@@ -41,10 +44,10 @@ PRESETS: dict[str, dict] = {
     # positions: large maps need more.
     'at': dict(loss=dict(type='ATLoss'), weight=1000.0),
     # Cao et al., PKD, arXiv 2207.02039. Weight of MMRazor's configs of RetinaNet and FCOS. Channels must agree.
-    'pkd': dict(loss=dict(type='PKDLoss'), inputs=_PREDS, weight=10.0),
+    'pkd': dict(loss=dict(type='PKDLoss'), same_channels=True, inputs=_PREDS, weight=10.0),
     # Shu et al., channel-wise distillation, arXiv 2011.13256. Temperature and weight of MMRazor's configs of detectors.
     # Channels must agree.
-    'cwd': dict(loss=dict(type='ChannelWiseDivergence', tau=1), inputs=_PREDS, weight=10.0),
+    'cwd': dict(loss=dict(type='ChannelWiseDivergence', tau=1), same_channels=True, inputs=_PREDS, weight=10.0),
     # Yang et al., MGD, arXiv 2205.01529. Weight and mask of its detectors of one stage. The loss is a sum over
     # positions: small images need more.
     'mgd': dict(
@@ -56,7 +59,7 @@ PRESETS: dict[str, dict] = {
         loss=dict(type='FBKDLoss'),
         connector=dict(type='FBKDStudentConnector', in_channels='s_channels', mode='dot_product', sub_sample=True),
         t_connector=dict(type='FBKDTeacherConnector', in_channels='t_channels', mode='dot_product', sub_sample=True),
-        inputs=dict(s_input='student', t_input='teacher')),
+        same_channels=True, inputs=dict(s_input='student', t_input='teacher')),
     # Tian et al., CRD, arXiv 1910.10699, of the pooled map; the loss needs sample_n, the number of training images, and
     # mmkd_plugin.CRDDataset.
     'crd': dict(
@@ -89,7 +92,7 @@ def resolve(base: str | dict, field: str = 'base') -> tuple[str, dict]:
     given = dict(preset=base) if isinstance(base, str) else dict(check_dict(field, base))
     preset = given.pop('preset', None)
     if preset is not None and preset not in PRESETS:
-        raise ValueError(f'{field}: no preset {preset!r}; {closest(preset, PRESETS)}')
+        raise ValueError(f'{field}: no preset {preset!r}; {closest(preset, [*PRESETS, "crosskd"])}')
     name = given.pop('name', preset or 'base')
     unknown = sorted(set(given) - {'loss', *_DEFAULTS})
     if unknown:

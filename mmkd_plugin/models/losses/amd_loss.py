@@ -3,8 +3,8 @@
 All maps of a call are computed together. The positions of all maps form one row, sorted by patch and cut into chunks
 of one length, so that each chunk lies in one patch. A sum over a map or a patch is a sum over its chunks.
 
-Letters: N samples, C channels, H x W positions of one map, g x g patches of one map, L positions of all maps,
-K chunks of T positions, R regions (maps or patches), M maps, V views of the row (global; local too if g > 1).
+Letters: M maps, N samples, C channels, H x W positions of one map, g x g patches of one map, L positions of all maps,
+K chunks of T positions, R regions (maps or patches), V views of the row (global; local too if g > 1).
 """
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -78,9 +78,7 @@ class _Layout(NamedTuple):
     spheres: _Regions  # which step 2 normalises over
     root: Tensor  # (R, ) of spheres, float64: root of the number of positions in the scale-free form, else 1
     hats: _Regions  # which step 6 normalises over
-    weights: Tensor  # (R, ) of hats: of its squared distance in the loss of its map
-    member: Tensor  # (M, R) of hats: its weight, if it lies in the map, else 0
-    owner: Tensor  # (L, ), the map of each position
+    weights: Tensor  # (M, R of hats): of each squared distance in the loss of each map
 
 
 def _patches(height: int, width: int, grid: int) -> list[np.ndarray]:
@@ -97,16 +95,16 @@ def _patches(height: int, width: int, grid: int) -> list[np.ndarray]:
 def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float, scale_free: bool,
             dtype: torch.dtype, device: torch.device) -> _Layout:
     """Returns the layout of maps of these (H, W), of which at least one has a position."""
-    patches, patch_weights, map_sizes, map_counts, indices = [], [], [], [], []
+    patches, patch_weights, map_sizes, map_counts, map_indices = [], [], [], [], []
     start = 0
     for index, (height, width) in enumerate(shapes):
         if height * width:
-            indices.append(index)
             found = _patches(height, width, grid)
             patches += [start + patch for patch in found]
             patch_weights += [local_weight / len(found)] * len(found)
             map_sizes.append(height * width)
             map_counts.append(len(found))
+            map_indices.append(index)
             start += height * width
 
     # Reductions have two stages, within a chunk and over chunks: both are short if a chunk is a root long.
@@ -137,14 +135,14 @@ def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float,
             row[:len(each)] = each
         return _Regions(to_device(padded), to_device(np.stack(region)))
 
-    views, sizes, weights = [chunks_of_maps], map_sizes, np.ones(len(map_sizes))
+    views, sizes, weights, maps = [chunks_of_maps], map_sizes, np.ones(len(map_sizes)), map_indices
     if grid > 1:
         views.append(chunks_of_patches)
         sizes = map_sizes + [len(patch) for patch in patches]
         weights = np.append(weights - local_weight, patch_weights)
-    weights = weights if scale_free else weights / sizes
-    region_of = np.array(indices)[np.append(np.arange(len(map_sizes)), owner if grid > 1 else [])
-                                  .astype(int)]  # each region's map
+        maps = np.append(maps, np.repeat(map_indices, map_counts))
+    if not scale_free:
+        weights = weights / sizes
     return _Layout(
         source=to_device(source.clip(min=0).reshape(1, 1, -1)),
         inside=to_device(source >= 0, dtype),
@@ -152,9 +150,7 @@ def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float,
         spheres=regions(views if scale_free else views[:1]),
         root=to_device(np.sqrt(sizes) if scale_free else np.ones(len(map_sizes)), torch.float64),
         hats=regions(views),
-        weights=to_device(weights, dtype),
-        member=to_device(weights * (np.arange(len(shapes))[:, None] == region_of), dtype),
-        owner=to_device(np.repeat(indices, map_sizes)))
+        weights=to_device(weights * (np.arange(len(shapes))[:, None] == maps), dtype))
 
 
 def _cosine(attention: Tensor, radius: Tensor, scale_free: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -173,14 +169,14 @@ def _logits(q: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Ten
 
 
 class _AngularDistance(torch.autograd.Function):
-    """Steps 2 to 6 of :class:`AMDLoss` for all maps and patches: both networks' attention to the losses, (M, ).
+    """Steps 2 to 6 of :class:`AMDLoss` for all maps and patches: attention of student and teacher to (M, ).
 
     The gradient is computed in the forward pass, which has all that it needs; autograd keeps (N, L) numbers.
     """
 
     @staticmethod
     def forward(ctx, layout: _Layout, margin: float, scale: float, scale_free: bool, *attention: Tensor) -> Tensor:
-        source, inside, places, spheres, root, hats, weights, member, owner = layout
+        source, inside, places, spheres, root, hats, weights = layout
         samples = attention[0].size(0)
 
         row = torch.cat([x.flatten(1) for x in attention], 1).unflatten(1, (2, -1))  # (N, 2, L)
@@ -197,14 +193,14 @@ class _AngularDistance(torch.autograd.Function):
         hat = logits / hats.spread(clamped)  # (3, N, 2, V, K, T)
         difference = hat[:, :, 0] - hat[:, :, 1]
         distance = hats.norm(difference).square_()  # (3, N, R)
-        loss = (member * distance.mean((0, 1))).sum(1)  # (M, )
+        loss = (distance.mean((0, 1)) * weights).sum(1)
         if not any(ctx.needs_input_grad):
             return loss
 
         # Hats: d|x^ - y^|^2 = 2 <x^ - y^, dx> / |x|, less the part along x^ where |x| is not clamped.
         square = (logits_norm / clamped).square_()  # of the norms of the hats; 1 where not clamped
         along = (distance + square[:, :, 0] - square[:, :, 1]) / 2 * (square[:, :, 0] == 1)  # <x^ - y^, x^>
-        factor = weights * (2 / (3 * samples)) / clamped[:, :, 0]
+        factor = weights.sum(0) * (2 / (3 * samples)) / clamped[:, :, 0]
         grad = torch.addcmul(difference, hat[:, :, 0], hats.spread(along), value=-1).mul_(hats.spread(factor))
         u, q, gap, angle = (x[:, 0] for x in (u, q, gap, angle))  # the student's, (N, V or 1, K, T)
         g_combined, g_positive, g_negative = grad.sum_to_size(3, *q.shape)
@@ -222,18 +218,16 @@ class _AngularDistance(torch.autograd.Function):
         grad = torch.addcmul(grad, u, spheres.spread(along.to(grad.dtype)), value=-1)
         grad.div_(spheres.spread(radius.to(grad.dtype)))
         grad = grad.sum_to_size(samples, 1, *inside.shape).flatten(1).gather(1, places.expand(samples, -1))
-        ctx.save_for_backward(grad, owner)
+        ctx.save_for_backward(grad)
         ctx.shapes = [x.shape for x in attention[:len(attention) // 2]]
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        row, owner = ctx.saved_tensors
-        row = row * grad[owner]
-        maps = row.split([shape[1:].numel() for shape in ctx.shapes], 1)
-        return None, None, None, None, *(x.view(shape) for x, shape in zip(maps, ctx.shapes)), *(
-            None for _ in ctx.shapes)
+        maps = ctx.saved_tensors[0].split([shape[1:].numel() for shape in ctx.shapes], 1)
+        return None, None, None, None, *((x * factor).view(shape) for x, factor, shape in zip(
+            maps, grad.unbind(), ctx.shapes)), *(None for _ in ctx.shapes)
 
 
 @lru_cache(maxsize=128)
@@ -275,17 +269,15 @@ def amd_loss(s_features: Tensor | Sequence[Tensor],
              scale: float = 64.0,
              local_grid: int = 1,
              local_weight: float = 0.2,
-             scale_free: bool = False,
-             reduction: str = 'sum') -> Tensor:
-    """Computes the AMD losses of pairs of feature maps; see :class:`AMDLoss` for equations and ranges.
+             scale_free: bool = False) -> Tensor:
+    """Computes the AMD losses of pairs of feature maps, M of them; see :class:`AMDLoss` for equations and ranges.
 
     Args:
         s_features: student feature (N, C_S, H, W), any float dtype, or a sequence of them.
         t_features: teacher feature (N, C_T, H', W'), or as many of them; they receive no gradient.
-        reduction: 'sum' over the M pairs, or 'none'.
 
     Returns:
-        A float32 scalar, or (M, ) numbers (float64 for float64 features); zero for an empty batch.
+        (M, ), one loss for each pair, float32 (float64 for float64 features); zeros for an empty batch.
 
     Raises:
         ValueError: the features are not 4-d, not in pairs, or of different batch sizes.
@@ -301,12 +293,10 @@ def amd_loss(s_features: Tensor | Sequence[Tensor],
     s_attention, t_attention = zip(*(_pool(_SumOfSquares.apply(s), _SumOfSquares.apply(t.detach()))
                                      for s, t in zip(s_maps, t_maps)))
     if not sum(x.numel() for x in s_attention):
-        zeros = torch.stack([x.sum() for x in s_attention])
-        return zeros.sum() if reduction == 'sum' else zeros
+        return torch.stack([x.sum() for x in s_attention])
     layout = _layout(tuple(tuple(x.shape[1:]) for x in s_attention), local_grid, local_weight, scale_free,
                      s_attention[0].dtype, s_attention[0].device)
-    losses = _AngularDistance.apply(layout, margin, scale, scale_free, *s_attention, *t_attention)
-    return losses.sum() if reduction == 'sum' else losses
+    return _AngularDistance.apply(layout, margin, scale, scale_free, *s_attention, *t_attention)
 
 
 @MODELS.register_module()
@@ -402,10 +392,10 @@ class AMDLoss(nn.Module):
             'margin', 'scale', 'local_grid', 'local_weight', 'scale_free', 'loss_weight'))
 
     def forward(self, s_feature: Tensor | Sequence[Tensor], t_feature: Tensor | Sequence[Tensor]) -> Tensor:
-        """Returns ``loss_weight`` times :func:`amd_loss` of one pair of feature maps, or of a sequence each."""
+        """Returns the loss of one pair of feature maps, or the sum over a sequence each, a scalar."""
         return self.per_map(s_feature, t_feature).sum()
 
     def per_map(self, s_feature: Tensor | Sequence[Tensor], t_feature: Tensor | Sequence[Tensor]) -> Tensor:
-        """Returns the same for each of the M pairs, (M, )."""
+        """Returns ``loss_weight`` times :func:`amd_loss`, (M, )."""
         return self.loss_weight * amd_loss(s_feature, t_feature, self.margin, self.scale, self.local_grid,
-                                           self.local_weight, self.scale_free, 'none')
+                                           self.local_weight, self.scale_free)

@@ -101,9 +101,27 @@ def test_several_bases_at_once(build):
     assert losses_of(alone, batch_for(alone))['loss_pkd_neck_1'] == losses['loss_pkd_neck_1']
 
 
+@pytest.mark.parametrize('base, layers, weight', [
+    ('crosskd', [], None), (['pkd', 'crosskd'], ['neck'], [6.0, 2.0]),
+    (dict(preset='crosskd', reg_loss_weight=0.5), ['backbone.layer4'], None)])
+def test_crosskd_alone_and_beside_a_base(build, base, layers, weight):
+    config = neck(base, 16, layers=layers, loss_weight=weight)
+    for network in (config['architecture'], config['teacher']):
+        network['bbox_head']['stacked_convs'] = 2
+    model = build(config).train()
+    losses = losses_of(model, batch_for(model))
+    assert list(losses) == model.distiller.loss_names
+    assert {'loss_crosskd_cls', 'loss_crosskd_reg'} <= set(losses)
+    assert not any('crosskd' in key for key in model.state_dict())
+    for name in ('loss_crosskd_cls', 'loss_crosskd_reg'):
+        assert losses[name] > 0 and model.distiller.weight_of(name) == (
+            2 if weight else 0.5 if name.endswith('reg') and isinstance(base, dict) else 1)
+    model.train_step(batch_for(model), build_optim_wrapper(model, SGD))
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+
+
 def test_channels_are_filled_in_and_shown(build):
-    model = build(neck(dict(loss=dict(type='PKDLoss'), connector=FITNET_CONNECTOR, share='layer', name='pkd',
-                            inputs=dict(preds_S='student', preds_T='teacher'))))
+    model = build(neck(dict(preset='pkd', same_channels=False, share='layer', connector=FITNET_CONNECTOR)))
     connector = model.distiller.connectors['pkd_connector_neck']
     assert isinstance(connector, FitNetConnector) and (connector.in_channels, connector.out_channels) == (16, 24)
     written = Config.fromstring(model.distiller.written_config(), '.py').distiller
@@ -168,7 +186,7 @@ def test_fitnets_connector_by_hand():
     (neck(dict(connector=FITNET_CONNECTOR)), 'base.loss: expected the config of a loss, got None'),
     (neck(dict(preset='fitnet', share='levels')), "base.share: expected 'map', 'layer' or 'all', got 'levels'"),
     (neck(dict(preset='pkd', inputs=dict(preds_S='students', preds_T='teacher'))), 'base.inputs: expected'),
-    (neck('pkd'), r'loss_pkd_neck_0 or its connectors cannot take .*\(1, 16, 28, 28\).*\(1, 24, 28, 28\)'),
+    (neck('pkd'), r"base: 'pkd' compares channel with channel, .* \[16, 16, 16, 16\] channels in .* and \[24"),
     (neck('fitnet', layers=['backbone']), 'layers: .*share one connector.*Name the stages as layers of their own'),
     (neck('fitnet', layers=['nekc']), "layers.nekc: RetinaNet has no 'nekc'; the closest are: neck"),
     (neck('fitnet', layers=[]), 'layers: the list is empty'),

@@ -131,6 +131,13 @@ def test_the_loss_of_several_maps_is_the_sum_of_their_losses(options):
     students, teachers = zip(*((features(s, 0.7).requires_grad_(), features(t, 1.1)) for s, t in shapes))
     loss = AMDLoss(**options)
     together = loss(students, list(teachers))
+    each = loss.per_map(students, teachers)
+    torch.testing.assert_close(each, torch.stack([loss(*pair) for pair in zip(students, teachers)]))
+    factors = torch.arange(1., 6., dtype=torch.float64)
+    weighted = sum(factor * loss(*pair) for factor, pair in zip(factors, zip(students, teachers)))
+    for got, expected in zip(torch.autograd.grad((each * factors).sum(), students),
+                             torch.autograd.grad(weighted, students)):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-15)
     apart = sum(map(loss, students, teachers))
     assert together.shape == () and together.item() == pytest.approx(apart.item(), rel=1e-12)
     for got, expected in zip(torch.autograd.grad(together, students), torch.autograd.grad(apart, students)):
@@ -140,7 +147,8 @@ def test_the_loss_of_several_maps_is_the_sum_of_their_losses(options):
 def test_the_function_is_the_module_without_its_weight():
     student, teacher = features((2, 3, 13, 9), 0.7), features((2, 5, 13, 9), 1.1)
     options = dict(margin=1.2, scale=32., local_grid=3, local_weight=0.3, scale_free=True)
-    assert torch.equal(AMDLoss(**options, loss_weight=2.)(student, teacher), 2 * amd_loss(student, teacher, **options))
+    value, = amd_loss(student, teacher, **options)
+    assert torch.equal(AMDLoss(**options, loss_weight=2.)(student, teacher), 2 * value)
 
 
 @pytest.mark.parametrize('scale_free', [False, True])
