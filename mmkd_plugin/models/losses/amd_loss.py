@@ -397,5 +397,6 @@ class AMDLoss(nn.Module):
 
     def per_map(self, s_feature: Tensor | Sequence[Tensor], t_feature: Tensor | Sequence[Tensor]) -> Tensor:
         """Returns ``loss_weight`` times :func:`amd_loss`, (M, )."""
-        return self.loss_weight * amd_loss(s_feature, t_feature, self.margin, self.scale, self.local_grid,
-                                           self.local_weight, self.scale_free)
+        losses = amd_loss(s_feature, t_feature, self.margin, self.scale, self.local_grid, self.local_weight,
+                          self.scale_free)
+        return losses if self.loss_weight == 1 else self.loss_weight * losses
