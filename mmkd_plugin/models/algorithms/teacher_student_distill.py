@@ -17,7 +17,7 @@ from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
 from ...registry import MODELS
 from ..distillers.feature_distiller import exact_zero
-from ..dummy_input import check_size, set_dummy_sizes
+from ..dummy_input import check_size, input_channels, set_dummy_sizes
 from ..recording import (
     PartialForward,
     UnknownLayerError,
@@ -132,6 +132,11 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             teacher = build_model('teacher', teacher, trust_checkpoint)
             if teacher_ckpt:
                 load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
+            channels = input_channels(architecture), input_channels(teacher)
+            if channels[0] != channels[1]:
+                raise ValueError(f'teacher: takes images of other channels than the student gets, got {channels[1]}, '
+                                 f'expected {channels[0]}. Take a teacher of such images, or load them for both with '
+                                 f'{channels[1]} (grey is 1, colour 3)')
             set_dummy_sizes(architecture, teacher, input_size, teacher_input_size)
             s_layers, t_layers = layers_in_place(architecture), layers_in_place(teacher)  # MMRazor stops them from it
             try:
@@ -227,6 +232,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         if self._random_teacher and not self.teacher.is_init:
             with random_stream_kept():
                 initialize(self.teacher, 'teacher', self.trust_checkpoint)
+            self._teacher_forward.forget()
         inherit_modules(self.inherit, self.student, self.teacher)
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:

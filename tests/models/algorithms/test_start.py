@@ -80,6 +80,18 @@ def test_a_student_for_other_classes_is_shown_to_load_from(build, tmp_path):
     assert same(model.student.backbone, other.backbone)
 
 
+@pytest.mark.parametrize('grey', ['teacher', 'student'])
+def test_a_grey_and_a_colour_network_are_refused(build, grey):
+    one = classifier(8)
+    one['backbone']['in_channels'] = 1
+    one['data_preprocessor'] = dict(type='mmpretrain.ClsDataPreprocessor', mean=[33.3], std=[78.6])
+    pair = dict(teacher=one) if grey == 'teacher' else dict(architecture=one)
+    with pytest.raises(ValueError, match='^teacher: takes images of other channels.*got {}, expected {}. Take'.format(
+            *((1, 3) if grey == 'teacher' else (3, 1)))):
+        build(distil(**pair), 'mmpretrain')
+    build(distil(architecture=one, teacher=one), 'mmpretrain')
+
+
 def test_whose_layer_is_unknown(build):
     for layers, whose in ((('backbone.conv2', 'backbone.layer3'), 'student'),
                           (('backbone.layer3', 'backbone.conv2'), 'teacher')):

@@ -1,11 +1,16 @@
 """Hooks of a student's config find in the distillation what they look for in the plain model."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import classifier, retinanet
+from conftest import classifier, detection_batch, retinanet
+from mmdet.engine.hooks import YOLOXModeSwitchHook
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
@@ -52,8 +57,9 @@ def train(tmp_path):
 
 
 def distil(student=None, **fields):
-    return dict(type='mmkd_plugin.TeacherStudentDistill', architecture=student or retinanet(8), teacher=retinanet(8),
-                allow_random_teacher=True, distiller=dict(type='mmkd_plugin.AMDDistiller', layers=['neck']), **fields)
+    return dict(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=student or retinanet(8),
+                     teacher=retinanet(8), allow_random_teacher=True,
+                     distiller=dict(type='mmkd_plugin.AMDDistiller', layers=['neck'])), **fields)
 
 
 def test_the_students_parts_are_offered(build):
@@ -83,6 +89,22 @@ def test_copies_offer_their_own(build):
     assert average.bbox_head is average.student.bbox_head is not model.bbox_head
     average.bbox_head.use_l1 = True
     assert getattr(model.bbox_head, 'use_l1', None) is not True
+
+
+def test_a_yolox_of_the_zoo_trains_with_its_hooks(build, tmp_path):
+    """Its first convolution, behind Focus, reads twelve channels; its hook sets ``bbox_head.use_l1`` near the end."""
+    student, teacher = (get_config(f'mmdet::yolox/yolox_{size}_8xb8-300e_coco.py').model for size in ('tiny', 's'))
+    student.data_preprocessor.pop('batch_augments')  # would make the images large
+    model = build(distil(student, teacher=teacher), seed=0)
+    hook = YOLOXModeSwitchHook(num_last_epochs=1)
+    loader = SimpleNamespace(_iterator=None, dataset=SimpleNamespace(update_skip_type_keys=lambda keys: None),
+                             persistent_workers=False)
+    hook.before_train_epoch(SimpleNamespace(
+        epoch=1, max_epochs=2, model=model, train_dataloader=loader, logger=MMLogger.get_instance('yolox'),
+        train_loop=SimpleNamespace(dataloader=loader)))
+    log = model.train().train_step(detection_batch(), build_optim_wrapper(model, dict(
+        optimizer=dict(type='SGD', lr=1e-4))))
+    assert log['student.loss_l1'] > 0 and log['distill.loss_amd_neck_0'] > 0
 
 
 def test_another_loss_from_an_epoch_on(train):
