@@ -51,7 +51,8 @@ def export(monkeypatch, capsys):
 
 @pytest.mark.parametrize('name, foreign, library', [
     ('amd/cifar/amd-kd_backbone_resnet34_resnet18_b128_cifar10', None, 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'),
-    ('amd/imagenet/amd-kd_backbone_resnet50_mobilenetv2_8xb32_in1k', None, 'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'),
+    ('amd/imagenet/amd-kd_backbone_resnet50_mobilenetv2_8xb32_in1k', None,
+     'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'),
     ('amd/cifar/amd-kd_backbone_wrn16-3_wrn16-1_b128_cifar10', 'backbone (mmrazor.WideResNet)', None),
     ('sokd/cifar/sokd-fitnet_backbone_resnet32x4_resnet8x4_b64_cifar100', 'backbone (mmkd_plugin.CIFARResNet)', None),
 ])
