@@ -7,6 +7,7 @@ production, and --report a page with pictures.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -71,24 +72,22 @@ def export(args: argparse.Namespace) -> None:
     batch, source = sample_batch(plain, image_channels(model))
     print(f'Checked with {source}: its outputs are those of the distilled student, to the bit.')
 
+    run_test = partial(evaluate, plain, option='--onnx', trust_checkpoint=args.trust_checkpoint)
     report = Report(cfg, args.out, batch, args.baseline, args.trust_checkpoint)
     failure = None
     if args.evaluate:
         report.evaluate_all()
     if args.onnx is not None:
         accuracy = report.evaluate('student') if args.evaluate or args.int8 else None
-        evaluated = None if accuracy is None or args.onnx_raw else lambda graph: evaluate(
-            plain, graph, '--onnx', args.trust_checkpoint)
-        found = export_onnx(model, batch, files['onnx'], args.overwrite, args.onnx_raw, about(args, plain), evaluated,
-                            accuracy)
+        found = export_onnx(model, batch, files['onnx'], args.overwrite, args.onnx_raw, about(args, plain),
+                            None if accuracy is None or args.onnx_raw else run_test, accuracy)
         if not args.onnx_raw:
             report.add_onnx('onnx', files['onnx'], found)
         say_onnx(files['onnx'], found)
     if args.int8:
         try:
-            found = quantize(files['onnx'], files['int8'], images, lambda graph: evaluate(
-                plain, graph, '--int8', args.trust_checkpoint),
-                             report.found['onnx']['accuracy'], args.max_drop, args.overwrite)
+            found = quantize(files['onnx'], files['int8'], images, run_test, report.found['onnx']['accuracy'],
+                             args.max_drop, args.overwrite)
             report.add_onnx('int8', files['int8'], found)
             say_int8(files['int8'], found)
         except ValueError as error:  # the rest is there, and is reported

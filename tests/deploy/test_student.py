@@ -50,10 +50,11 @@ def export(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('name, foreign, library', [
-    ('amd_resnet34-resnet18_cifar10', None, 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'),
-    ('amd_resnet50-mobilenetv2_imagenet', None, 'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'),
-    ('amd_wrn16w3-wrn16w1_cifar10', 'backbone (mmrazor.WideResNet)', None),
-    ('sokd-fitnet_resnet32x4-resnet8x4_cifar100', 'backbone (mmkd_plugin.CIFARResNet)', None),
+    ('amd/cifar/amd-kd_backbone_resnet34_resnet18_b128_cifar10', None, 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'),
+    ('amd/imagenet/amd-kd_backbone_resnet50_mobilenetv2_8xb32_in1k', None,
+     'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'),
+    ('amd/cifar/amd-kd_backbone_wrn16-3_wrn16-1_b128_cifar10', 'backbone (mmrazor.WideResNet)', None),
+    ('sokd/cifar/sokd-fitnet_backbone_resnet32x4_resnet8x4_b64_cifar100', 'backbone (mmkd_plugin.CIFARResNet)', None),
 ])
 def test_export_says_whether_plain_mmpretrain_takes_the_file(name, foreign, library, tmp_path, export):
     config = f'configs/{name}.py'
@@ -369,8 +370,8 @@ def test_the_plain_config_has_the_hooks_of_mmengine_only():
 
 
 def test_rtmdets_configs_average_the_student_and_end_the_distillation():
-    for method in ('amd', 'sokd'):
-        cfg = Config.fromfile(f'configs/{method}_rtmdet_l-s_coco.py')
+    for method in ('amd/coco/amd', 'sokd/coco/sokd-fitnet'):
+        cfg = Config.fromfile(f'configs/{method}_fpn_rtmdet_l_rtmdet_s_8xb32-300e_coco.py')
         ema, switch, stop = cfg.custom_hooks[:3]
         assert ema.type == 'EMAHook' and stop.type == 'mmrazor.StopDistillHook'
         assert stop.stop_epoch == switch.switch_epoch == 280 < cfg.train_cfg.max_epochs
