@@ -79,6 +79,11 @@ def test_a_draw_is_pycocotools_ap_of_copies_of_the_images(bootstrap, noisy, coun
     assert bootstrap.resampled_ap(*paths, np.array([counts]))[0] == pytest.approx(expected, abs=1e-12)
 
 
+def test_without_detections_ap_is_0(bootstrap, noisy):
+    objects, _, folder = noisy
+    assert bootstrap.resampled_ap(*save(objects, [], range(6), folder)).tolist() == [0.0] * 500
+
+
 def test_accuracy_on_draws(bootstrap, tmp_path):
     samples = [dict(pred_label=np.array([label]), gt_label=np.array([1])) for label in (1, 0, 1, 1)]
     (tmp_path / 'predictions.pkl').write_bytes(pickle.dumps(samples))

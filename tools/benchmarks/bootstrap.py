@@ -6,6 +6,7 @@ Letters: B draws, I images, T thresholds of overlap, D detections of a class.
 """
 import contextlib
 import io
+import json
 import pickle
 from pathlib import Path
 
@@ -33,12 +34,15 @@ def resampled_ap(annotations: str | Path, detections: str | Path, counts: np.nda
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
         truth = COCO(str(annotations))
-        evaluation = COCOeval(truth, truth.loadRes(str(detections)), 'bbox')
+        counts = draw(len(truth.imgs)) if counts is None else counts
+        found = json.loads(Path(detections).read_text())
+        if not found:  # which pycocotools does not read
+            return np.zeros(len(counts))
+        evaluation = COCOeval(truth, truth.loadRes(found), 'bbox')
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ['all']
         evaluation.evaluate()
     params = evaluation.params
     place = {image: i for i, image in enumerate(params.imgIds)}
-    counts = draw(len(place)) if counts is None else counts
     results = np.array(evaluation.evalImgs, dtype=object).reshape(len(params.catIds), -1)  # (classes, I)
     per_class = [_class_ap([one for one in row if one is not None], place, counts, params.recThrs) for row in results]
     return np.nanmean(per_class, axis=0)

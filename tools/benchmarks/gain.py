@@ -315,7 +315,8 @@ def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -
     seconds = round(time.time() - began)
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
-    last = [line for line in scalars if task.metric in line][-1]
+    measured = [line for line in scalars if task.metric in line]
+    last = measured[-1] if measured else {task.metric: 0.0}  # CocoMetric has no AP where nothing is detected
     policy = [line for line in scalars if any(key.startswith(POLICY) for key in line)]
     more = dict(metrics={key: value for key, value in last.items() if key not in ('data_time', 'time', 'step')})
     if policy:
