@@ -1,6 +1,11 @@
 # SoKD on PKD at every level of the pyramid. The policy is searched in the first 2 of 12 epochs.
 _base_ = '../../_base_/pairs/fcos_r101_retinanet_r50_1x_coco.py'
 
-model = dict(distiller=dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], base='pkd'))
+model = dict(
+    distiller=dict(
+        type='mmkd_plugin.SoKDDistiller',
+        layers=['neck'],
+        base='pkd',
+        dam=dict(detect_loss_weight=0.3, area_loss_weight=0.9)))  # at the defaults, DAM outweighs the task
 optim_wrapper = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor')
 custom_hooks = [dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=2)]
