@@ -70,7 +70,8 @@ def test_it_writes_the_config_that_we_wrote(config, pair, method, tmp_path):
     cfg, report, _ = composed(*pair, tmp_path, method, teacher_ckpt=ckpt)
     if config == 'sokd_resnet_imagenet.py':
         ours.custom_hooks[0].search_epochs = 17  # a sixth of 100; the paper has 5
-        ours.model.distiller.update(base='reviewkd', dam=dict(anchor='attention'))  # without ReviewKD's width there
+        ours.model.distiller.base = 'reviewkd'  # with its own width, as DAM
+        ours.model.distiller.dam = dict(anchor='attention')
     assert cfg.to_dict() == ours.to_dict()
     assert f'The step had a random teacher: {ckpt} is fetched' in report
 
@@ -228,6 +229,12 @@ def test_strides_that_agree_nowhere_are_paired_by_the_nearest(tmp_path):
     patches = transformer()
     patches['backbone'].update(patch_size=14)
     assert paired(tmp_path, classifier(8), patches) == [('backbone.layer3', 'backbone.layers.0')]
+
+
+def test_named_layers_of_other_strides_are_interpolated(tmp_path):
+    _, report, text = composed(*detectors(tmp_path), tmp_path, layers=['backbone.layer2=backbone.layer3'])
+    remark = "The maps of 'backbone.layer2' (stride 8) and of the teacher's 'backbone.layer3' (stride 16) differ"
+    assert remark in report and f'# {remark}' in text
 
 
 def test_the_logits_are_what_the_loss_reads(tmp_path):
