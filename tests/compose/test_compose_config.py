@@ -233,8 +233,7 @@ def test_strides_that_agree_nowhere_are_paired_by_the_nearest(tmp_path):
 
 def test_named_layers_of_other_strides_are_interpolated(tmp_path):
     _, report, text = composed(*detectors(tmp_path), tmp_path, layers=['backbone.layer2=backbone.layer3'])
-    remark = ("The maps of 'backbone.layer2' (stride 8) and of the teacher's 'backbone.layer3' (stride 16) differ in "
-              'size')
+    remark = "The maps of 'backbone.layer2' (stride 8) and of the teacher's 'backbone.layer3' (stride 16) differ"
     assert remark in report and f'# {remark}' in text
 
 
