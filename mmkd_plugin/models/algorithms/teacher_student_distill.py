@@ -249,7 +249,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             self.align_records()
             if hasattr(self.distiller, 'prepare_batch'):
                 self.distiller.prepare_batch(batch_inputs, data_samples)
-            distilled, expected_zero = self._distill_losses(search_batch)
+            distilled, expected_zero = self._distill_losses(losses, search_batch)
             losses.update(add_prefix(distilled, 'distill'))
         elif any(parameter.requires_grad for parameter in self.distiller.parameters()):
             losses['loss_unused'] = exact_zero(self.distiller)  # DistributedDataParallel misses no gradient
@@ -286,7 +286,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         if hasattr(self.distiller, 'forget'):
             self.distiller.forget()
 
-    def _distill_losses(self, search_batch: dict | None) -> tuple[dict[str, Tensor], set[str]]:
+    def _distill_losses(self, task_losses: dict[str, Tensor],
+                        search_batch: dict | None) -> tuple[dict[str, Tensor], set[str]]:
         """Returns the losses, and the full names of those whose weight is zero."""
         policy = getattr(self.distiller, 'dafa', None)
         if search_batch is None or policy is not None and policy.frozen:
@@ -300,6 +301,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         else:
             losses = self.distiller.compute_distill_losses(search=False)
             losses['loss_aug'] = self._held_out_policy_loss(search_batch)
+        if self.training and getattr(self.distiller, 'measuring', False):
+            self.distiller.measure(self.parse_losses(task_losses)[0], losses)
         weight_of = getattr(self.distiller, 'weight_of', lambda name: getattr(
             self.distiller.distill_losses[name], 'loss_weight', 1.0))
         expected_zero = {f'distill.{name}' for name in losses if not weight_of(name)}

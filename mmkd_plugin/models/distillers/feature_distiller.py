@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...registry import MODELS
 from ...utils import check_number
 from ..recording import check_sources, record_blank_image
+from .auto_weight import AutoWeight, gradient_norms
 from .crosskd import CrossKD
 from .presets import fill_channels, resolve
 
@@ -44,7 +45,9 @@ class FeatureDistiller(ConfigurableDistiller):
         base: a preset's name or a dict, as in :mod:`.presets`, or a list of them. None: no base. ``'crosskd'``, or
             ``dict(preset='crosskd', ...)`` with arguments of :class:`CrossKD`, compares predictions of dense heads; it
             reads no ``layers``, which may be empty then.
-        loss_weight: in place of the base's ``weight``; a list if ``base`` is one.
+        loss_weight: in place of the base's ``weight``; a list if ``base`` is one. ``'auto'`` measures it in the first
+            iterations, see :class:`.AutoWeight`; ``auto_ratio`` states what it makes equal.
+        auto_ratio: the norm of the base's gradient at the layers, as a share of the task's, with ``'auto'``.
         student_recorders, teacher_recorders, connectors, distill_losses, loss_forward_mappings: further ones, as in
             ``ConfigurableDistiller``.
 
@@ -56,12 +59,13 @@ class FeatureDistiller(ConfigurableDistiller):
     def __init__(self,
                  layers: Sequence[str | Sequence[str]],
                  base: str | dict | Sequence[str | dict] | None = 'fitnet',
-                 loss_weight: float | Sequence[float] | None = None,
+                 loss_weight: float | str | Sequence[float | str] | None = None,
                  student_recorders: dict | None = None,
                  teacher_recorders: dict | None = None,
                  connectors: dict | None = None,
                  distill_losses: dict | None = None,
                  loss_forward_mappings: dict | None = None,
+                 auto_ratio: float = 1.0,
                  **kwargs) -> None:
         self.bases, crosskd = _bases(base, loss_weight)
         pairs = _pairs(layers) if layers or crosskd is None else {}
@@ -86,7 +90,10 @@ class FeatureDistiller(ConfigurableDistiller):
         self.pairs = [(layer, layer) for layer in self.layers]  # recorders of student and teacher
         self.crosskd_weight, arguments = crosskd or (1.0, None)
         self.crosskd = None if arguments is None else CrossKD(**arguments)
+        self.auto_ratio = check_number('auto_ratio', auto_ratio, above=0)
+        self.autos = nn.ModuleDict()  # weights that are measured, by the base's name
         self.weights: dict[str, float] = {}  # of the base's losses, by name
+        self.losses_by_base: dict[str, list[str]] = {}
         self._whole: set[str] = set()  # connectors that take all maps of a layer
         self._fused: set[str] = set()  # connectors that take all maps of all layers
         self._at_once: dict[str, list[str]] = {}  # losses of one call, by the base's name
@@ -150,6 +157,10 @@ class FeatureDistiller(ConfigurableDistiller):
         """
         for name, base in self.bases:
             self._wire_base(name, base, maps)
+            if base['auto']:
+                trained = any(parameter.requires_grad for key, connector in self.connectors.items()
+                              if key.startswith(f'{name}_') for parameter in connector.parameters())
+                self.autos[name] = AutoWeight(name, base['weight'], 200 if trained else 0, self.auto_ratio)
 
     def _wire_base(self, name: str, base: dict, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
         s_all, t_all = ([x.shape[1] for pair in maps.values() for x in pair[side]] for side in (0, 1))
@@ -180,6 +191,7 @@ class FeatureDistiller(ConfigurableDistiller):
                     entries[side] = entry
                 entries[DATA_SAMPLES] = dict(recorder=DATA_SAMPLES, from_student=True, data_idx=1)
                 loss = f'loss_{name}_{map_name(layer, level, len(s_maps))}'
+                self.losses_by_base.setdefault(name, []).append(loss)
                 self.add_loss(loss, base['loss'], base['weight'],
                               **{argument: entries[role] for argument, role in base['inputs'].items()})
                 if base['at_once']:
@@ -257,12 +269,13 @@ class FeatureDistiller(ConfigurableDistiller):
         if not connector:
             record = self.read(*place)
         elif connector in self._fused:
-            record = self._once((connector, ), lambda: [
-                x for layer in self.layers for x in self.features(layer, from_student)])
+            record = self._once((connector, ), lambda: self._for_connector(connector, [
+                x for layer in self.layers for x in self.features(layer, from_student)]))
         elif connector in self._whole:
-            record = self._once((connector, ), lambda: self.features(recorder, from_student))
+            record = self._once((connector, ), lambda: self._for_connector(connector, self.features(
+                recorder, from_student)))
         else:
-            record = self._once((connector, *place), lambda: self.read(*place))
+            record = self._once((connector, *place), lambda: self._for_connector(connector, self.read(*place)))
         return record if connector_idx is None else record[connector_idx]
 
     def read(self, recorder: str, from_student: bool, record_idx: int, data_idx: int | None) -> Any:
@@ -277,6 +290,12 @@ class FeatureDistiller(ConfigurableDistiller):
     def features(self, layer: str, from_student: bool) -> list[Tensor]:
         """Returns the maps of a layer as losses and connectors get them."""
         return self.maps(layer, from_student)
+
+    def _for_connector(self, connector: str, maps: Any) -> Any:
+        """Detaches maps from the student while only the connector learns, see :class:`.AutoWeight`."""
+        if not any(auto.warming_up and connector.startswith(f'{name}_') for name, auto in self.autos.items()):
+            return maps
+        return maps.detach() if isinstance(maps, Tensor) else [x.detach() for x in maps]
 
     def _once(self, key: tuple, feature: Callable[[], Any]) -> Any:
         """Returns the output of the connector ``key[0]``, which runs once a step."""
@@ -322,8 +341,36 @@ class FeatureDistiller(ConfigurableDistiller):
             given = [inputs_of(name) for name in group]
             values = self.distill_losses[group[0]].per_map(**{key: [each[key] for each in given] for key in given[0]})
             losses.update(zip(group, values.unbind()))
-        return {name: losses[name] if self.weights.get(name, 1.0) == 1 else losses[name] * self.weights[name]
-                for name in names}
+        for name in names:
+            auto = self.auto_of(name)
+            weight = self.weights.get(name, 1.0) if auto is None else auto.weight.clone()  # which changes in the step
+            if auto is not None or weight != 1:
+                losses[name] = losses[name] * weight
+        return {name: losses[name] for name in names}
+
+    def auto_of(self, loss: str) -> AutoWeight | None:
+        """Returns the measured weight of a loss, if it has one."""
+        return next((auto for name, auto in self.autos.items() if loss in self.losses_by_base[name]), None)
+
+    @property
+    def measuring(self) -> bool:
+        """Whether :meth:`measure` is to be called in this iteration."""
+        return any(auto.measuring for auto in self.autos.values())
+
+    def measure(self, task: Tensor, losses: dict[str, Tensor]) -> None:
+        """Sets weights that are measured.
+
+        Args:
+            task: the sum of the student's own losses.
+            losses: what :meth:`compute_distill_losses` returned in this step.
+        """
+        autos = {name: auto for name, auto in self.autos.items() if auto.measuring}
+        maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
+        sums = [sum(losses[loss] for loss in self.losses_by_base[name]) for name in autos]
+        ready = not all(auto.warming_up for auto in autos.values())
+        task_norm, *norms = gradient_norms([task, *sums], maps) if ready else [task.new_zeros(())] * (1 + len(sums))
+        for auto, norm in zip(autos.values(), norms):
+            auto.update(task_norm, norm)
 
     def weight_of(self, name: str) -> float:
         """Returns the weight of a loss: 0 if it cannot be other than zero."""
@@ -345,17 +392,22 @@ def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | 
         if len(weights) != len(given):
             raise ValueError(f'loss_weight: expected a number for each base, {len(given)} in all, got {loss_weight!r}')
         for weight in weights:
-            check_number('loss_weight', weight, least=0)
+            if weight != 'auto':
+                check_number('loss_weight', weight, least=0)
     found, crosskd = [], None
     for i, (each, weight) in enumerate(zip(given, weights)):
         if each == 'crosskd' or isinstance(each, dict) and each.get('preset') == 'crosskd':
             arguments = {key: value for key, value in (each if isinstance(each, dict) else {}).items()
                          if key not in ('preset', 'weight')}
             own = each.get('weight', 1.0) if isinstance(each, dict) else 1.0
+            if weight == 'auto':
+                raise ValueError("loss_weight: 'auto' measures at layers, got it for crosskd, which reads none. Give a "
+                                 'number')
             crosskd = own if weight is None else weight, arguments
             continue
         name, whole = resolve(each, f'base[{i}]' if several else 'base')
-        found.append((name, whole if weight is None else dict(whole, weight=weight)))
+        weight = whole['weight'] if weight is None else weight
+        found.append((name, dict(whole, auto=weight == 'auto', weight=whole['weight'] if weight == 'auto' else weight)))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f'base: two have the name {max(names, key=names.count)!r}. Give one another name=')

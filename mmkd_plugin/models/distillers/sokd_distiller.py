@@ -67,7 +67,7 @@ class SoKDDistiller(FeatureDistiller):
     def __init__(self,
                  layers: Sequence[str | Sequence[str]],
                  base: str | dict | Sequence[str | dict] | None = 'fitnet',
-                 loss_weight: float | Sequence[float] | None = None,
+                 loss_weight: float | str | Sequence[float | str] | None = None,
                  dafa: dict | None = {},  # noqa: B006  never changed
                  dam: dict | None = {},  # noqa: B006
                  **kwargs) -> None:
@@ -130,9 +130,12 @@ class SoKDDistiller(FeatureDistiller):
         return f'_{name}' if len(self.dams) > 1 else ''
 
     def weight_of(self, name: str) -> float:
+        if name == 'loss_aug':
+            return float(self.dafa.searching and self.dafa.objective == 'similarity')
+        if name.startswith('loss_align_'):
+            return float(not self.dafa.frozen)
         if name in self.distill_losses or not name.startswith('loss_dam_'):
-            frozen = self.dafa is not None and self.dafa.frozen
-            return 0.0 if frozen and name.startswith(('loss_align', 'loss_aug')) else super().weight_of(name)
+            return super().weight_of(name)
         return getattr(next(iter(self.dams.values())), f'{name.split("_")[2]}_loss_weight')
 
     def prepare_batch(self, batch_inputs: Tensor, data_samples: list | None) -> None:

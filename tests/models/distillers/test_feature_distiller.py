@@ -101,6 +101,60 @@ def test_several_bases_at_once(build):
     assert losses_of(alone, batch_for(alone))['loss_pkd_neck_1'] == losses['loss_pkd_neck_1']
 
 
+def measured(build, base, weight='auto', steps=4, **fields):
+    model = build(neck(base, 16, loss_weight=weight, **fields)).train()
+    for auto in model.distiller.autos.values():
+        auto.iterations, auto.warmup = 2, min(auto.warmup, 1)
+    wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.0)))
+    for _ in range(steps):
+        model.train_step(batch_for(model), wrapper)
+    return model
+
+
+def test_auto_makes_the_gradients_ratio_what_is_stated(build):
+    model = measured(build, ['pkd', 'at'], ['auto', 5.0], auto_ratio=0.5)
+    assert list(model.distiller.autos) == ['pkd'] and not model.distiller.measuring
+    weight = float(model.distiller.autos['pkd'].weight)
+    seen = {}
+    model.student.neck.register_forward_hook(lambda _, __, out: seen.setdefault('maps', out))
+    losses = model(**model.data_preprocessor(batch_for(model), True), mode='loss')
+
+    def norm(prefix):
+        loss = sum(sum(x.mean() for x in value) if isinstance(value, list) else value.mean()
+                   for key, value in losses.items() if key.startswith(prefix) and 'loss' in key)
+        grads = torch.autograd.grad(loss, seen['maps'], retain_graph=True, allow_unused=True)
+        return torch.cat([grad.flatten() for grad in grads if grad is not None]).norm()
+
+    torch.testing.assert_close(norm('distill.loss_pkd') / norm('student.'), torch.tensor(0.5), rtol=0.05, atol=0)
+    plain = measured(build, ['pkd', 'at'], [1.0, 5.0], steps=0)
+    torch.testing.assert_close(losses['distill.loss_pkd_neck_0'], weight * losses_of(
+        plain, batch_for(plain))['loss_pkd_neck_0'], rtol=1e-4, atol=1e-6)
+
+
+def test_auto_does_not_depend_on_the_weight_that_it_begins_with(build):
+    weights = [float(measured(build, dict(preset='pkd', weight=weight)).distiller.autos['pkd'].weight)
+               for weight in (1.0, 100.0)]
+    assert weights[0] == pytest.approx(weights[1], rel=1e-3)
+
+
+def test_auto_trains_a_connector_alone_before_it_measures(build):
+    model = build(neck('fitnet', loss_weight='auto')).train()
+    auto = model.distiller.autos['fitnet']
+    assert auto.warmup > 0 and auto.warming_up
+    loss = sum(losses_of(model, batch_for(model)).values())
+    student = torch.autograd.grad(loss, list(model.student.backbone.parameters()), allow_unused=True, retain_graph=True)
+    connector = torch.autograd.grad(loss, list(model.distiller.connectors.parameters()))
+    assert not any(grad is not None and grad.any() for grad in student) and all(grad.any() for grad in connector)
+
+
+def test_auto_is_saved_and_goes_on(build):
+    model = measured(build, 'pkd', steps=3)
+    again = build(neck('pkd', 16, loss_weight='auto'))
+    again.load_state_dict(model.state_dict())
+    auto = again.distiller.autos['pkd']
+    assert auto.weight == model.distiller.autos['pkd'].weight and auto.step == model.distiller.autos['pkd'].step == 2
+
+
 @pytest.mark.parametrize('base, layers, weight', [
     ('crosskd', [], None), (['pkd', 'crosskd'], ['neck'], [6.0, 2.0]),
     (dict(preset='crosskd', reg_loss_weight=0.5), ['backbone.layer4'], None)])
@@ -182,6 +236,8 @@ def test_fitnets_connector_by_hand():
     (neck(['pkd', 'pkd'], 16), "base: two have the name 'pkd'"),
     (neck(['pkd', 'at'], 16, loss_weight=3.0), 'loss_weight: expected a number for each base, 2 in all, got 3.0'),
     (neck('pkd', 16, loss_weight=-1), 'loss_weight.*-1'),
+    (neck('crosskd', 16, loss_weight='auto'), "loss_weight: 'auto' measures at layers"),
+    (neck('pkd', 16, loss_weight='auto', auto_ratio=0), 'auto_ratio.*0'),
     (neck(dict(preset='pkd', conector=None), 16), "base: no field 'conector'; the closest are: connector"),
     (neck(dict(connector=FITNET_CONNECTOR)), 'base.loss: expected the config of a loss, got None'),
     (neck(dict(preset='fitnet', share='levels')), "base.share: expected 'map', 'layer' or 'all', got 'levels'"),
