@@ -178,6 +178,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         self._schedules = build_schedules(
             loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
         self._zero_watch = ZeroWatch()
+        self._reported = False  # whether the log has the gradients of the first iteration
         self.data_preprocessor.register_forward_pre_hook(set_search_batch_aside)
         self.register_load_state_dict_post_hook(_after_load)
         self.__dict__['_random_teacher'] = random_teacher
@@ -301,6 +302,13 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         else:
             losses = self.distiller.compute_distill_losses(search=False)
             losses['loss_aug'] = self._held_out_policy_loss(search_batch)
+        if self.training and not self._reported and hasattr(self.distiller, 'gradient_report'):
+            self._reported = True
+            report = self.distiller.gradient_report(self.parse_losses(task_losses)[0], losses)
+            if report:
+                print_log(f"Gradients at the distilled layers in the first iteration, relative to the task's: {report}. "
+                          'A part that is a hundred times the task leaves it little of a clipped gradient.',
+                          logger='current')
         if self.training and getattr(self.distiller, 'measuring', False):
             self.distiller.measure(self.parse_losses(task_losses)[0], losses)
         weight_of = getattr(self.distiller, 'weight_of', lambda name: getattr(

@@ -352,6 +352,25 @@ class FeatureDistiller(ConfigurableDistiller):
         """Returns the measured weight of a loss, if it has one."""
         return next((auto for name, auto in self.autos.items() if loss in self.losses_by_base[name]), None)
 
+    def gradient_report(self, task: Tensor, losses: dict[str, Tensor]) -> str | None:
+        """Returns how hard each part of the distillation pushes the layers, relative to the task; None if unknown.
+
+        Args: as :meth:`measure`.
+        """
+        groups = {name: [losses[loss] for loss in names] for name, names in self.losses_by_base.items()}
+        groups['DAM'] = [loss for name, loss in losses.items() if name.startswith('loss_dam_')]
+        sums = {name: sum(parts) for name, parts in groups.items() if parts}
+        maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
+        if not (maps and sums and all(loss.requires_grad for loss in sums.values())):
+            return None
+        try:
+            task_norm, *norms = gradient_norms([task, *sums.values()], maps).tolist()
+        except RuntimeError:  # activation checkpointing knows no such gradients
+            return None
+        if not task_norm > 0:
+            return None
+        return ', '.join(f'{name} {norm / task_norm:.3g}' for name, norm in zip(sums, norms))
+
     @property
     def measuring(self) -> bool:
         """Whether :meth:`measure` is to be called in this iteration."""

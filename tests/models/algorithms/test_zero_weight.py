@@ -8,7 +8,6 @@ from mmengine.visualization import Visualizer
 from torch.utils.data import Dataset
 
 POLICY = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor', policy=dict(type='Adam', lr=0.05))
-BASE = dict(type='L2Loss', normalize=False, div_element=True)
 
 
 def amd(weight):
@@ -16,7 +15,7 @@ def amd(weight):
 
 
 def sokd(weight):
-    return dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), base=dict(BASE, loss_weight=weight),
+    return dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), base='fitnet', loss_weight=weight,
                 dam=dict(anchor='boxes', detect_loss_weight=weight, area_loss_weight=weight,
                          anchor_loss_weight=weight))
 

@@ -131,6 +131,21 @@ def test_auto_makes_the_gradients_ratio_what_is_stated(build):
         plain, batch_for(plain))['loss_pkd_neck_0'], rtol=1e-4, atol=1e-6)
 
 
+def test_the_first_iteration_reports_the_gradients(build, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmkd_plugin.models.algorithms.teacher_student_distill.print_log',
+                        lambda text, **_: said.append(text))
+    reports = []
+    for weight in (1.0, 10.0):
+        model = build(neck('pkd', 16, loss_weight=weight)).train()
+        losses_of(model, batch_for(model))
+        losses_of(model, batch_for(model))
+        text, = [text for text in said if text.startswith('Gradients at the distilled layers')]
+        reports.append(float(text.split('pkd ')[1].split('. ')[0]))
+        said.clear()
+    assert reports[1] == pytest.approx(10 * reports[0], rel=0.02) and reports[0] > 0
+
+
 def test_auto_does_not_depend_on_the_weight_that_it_begins_with(build):
     weights = [float(measured(build, dict(preset='pkd', weight=weight)).distiller.autos['pkd'].weight)
                for weight in (1.0, 100.0)]
