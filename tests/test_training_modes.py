@@ -68,6 +68,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(distil, method):
     for parts in (1, 2):
         model = distil(CLASSIFIERS[method], still(8), still(16), 'mmpretrain')
         model.distiller.connectors.eval()
+        getattr(model.distiller, 'dams', model.distiller.connectors).eval()
         wrapper = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.01), accumulative_counts=parts))
         wrapper.initialize_count_status(model, 0, 2 * parts)
         for _ in range(2):
