@@ -33,7 +33,7 @@ def pages() -> dict[str, str]:
     found = {}
     for folder, method in METHODS.items():
         models = [entry(file, method) for file in distillations(folder)]
-        collection = dict(Name=method, Paper=PAPERS[method], README=f'configs/{folder}/README.md')
+        collection = dict(Name=method, Paper=PAPERS[method], README='README.md')
         found[f'configs/{folder}/metafile.yml'] = (
             '# Written by tools/dev/make_model_index.py from the configs.\n'
             + yaml.safe_dump(dict(Collections=[collection], Models=models), sort_keys=False, width=1000))

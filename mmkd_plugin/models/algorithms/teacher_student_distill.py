@@ -306,8 +306,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             self._reported = True
             report = self.distiller.gradient_report(self.parse_losses(task_losses)[0], losses)
             if report:
-                print_log(f"Gradients at the distilled layers in the first iteration, relative to the task's: {report}. "
-                          'A part that is a hundred times the task leaves it little of a clipped gradient.',
+                print_log("Gradients at the distilled layers in the first iteration, relative to the task's: "
+                          f'{report}. A part that is a hundred times the task leaves it little of a clipped gradient.',
                           logger='current')
         if self.training and getattr(self.distiller, 'measuring', False):
             self.distiller.measure(self.parse_losses(task_losses)[0], losses)
