@@ -14,6 +14,7 @@ from mmengine.config import Config, DictAction
 
 from mmkd_plugin.checkpoints.reading import read_checkpoint
 from mmkd_plugin.compat import StackError
+from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.deploy.calibration import calibration_batches
 from mmkd_plugin.deploy.environment import environment, markdown
 from mmkd_plugin.deploy.evaluation import evaluate
@@ -61,8 +62,7 @@ def main() -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     files = files_of(args)
     plain = plain_config(cfg)
     # finds what is missing before the work begins

@@ -4,12 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.guard import data_only
+from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.config.preflight import missing_inputs
 from mmkd_plugin.deploy.student import build_student, plain_config
 
@@ -32,9 +33,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = read_config(args.config, args.cfg_options)
+    except ValueError as error:
+        sys.exit(str(error))
     cfg.launcher = args.launcher
-    cfg.merge_from_dict(args.cfg_options or {})
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     missing = missing_inputs(cfg, training=False)
     if missing:

@@ -12,6 +12,7 @@ import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
 from mmkd_plugin.config.input_size import fixed_input_size
+from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.config.preflight import missing_inputs
 
 
@@ -41,9 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    cfg.merge_from_dict(args.cfg_options or {})
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     if args.amp and cfg.optim_wrapper.get('type', 'OptimWrapper') != 'AmpOptimWrapper':
         if cfg.optim_wrapper.get('type', 'OptimWrapper') != 'OptimWrapper':
@@ -77,7 +77,10 @@ def load_config(args: argparse.Namespace) -> Config:
 def train(args: argparse.Namespace) -> None:
     """Trains ``args.config`` with the options of :func:`add_options`."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args)
+    try:
+        cfg = load_config(args)
+    except ValueError as error:
+        sys.exit(str(error))
     missing = missing_inputs(cfg, trust_checkpoint=args.trust_checkpoint)
     if missing:
         sys.exit('\n'.join(missing))

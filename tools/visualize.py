@@ -23,6 +23,7 @@ from torch import Tensor
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.reading import read_checkpoint
+from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.deploy.sample_batch import as_tested
 from mmkd_plugin.deploy.student import plain_config
 from mmkd_plugin.models.algorithms import TeacherStudentDistill
@@ -49,10 +50,8 @@ def main() -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     args = parser.parse_args()
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
     try:
-        visualize(cfg, args)
+        visualize(read_config(args.config, args.cfg_options), args)
     except ValueError as error:
         sys.exit(str(error))
 
