@@ -12,7 +12,9 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -25,15 +27,15 @@ import mmkd_plugin
 from mmkd_plugin.deploy.cost import measure
 from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
+CORES = os.cpu_count() or 1
+ONE_AT_A_TIME = threading.Lock()
 PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
-ARMS = {
+VARIANTS = {
     'teacher': 'configs/benchmarks/digits/retinanet_r18-c32_digits.py',
     'student': 'configs/benchmarks/digits/retinanet_r18-c16_digits-300.py',
     'inherited': 'configs/benchmarks/digits/inherit_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
     'amd': 'configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
     'fitnet': 'configs/benchmarks/digits/fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
-    'dafa': 'configs/benchmarks/digits/dafa_retinanet_r18-c16_digits-300.py',
-    'dam': 'configs/benchmarks/digits/dam_retinanet_r18-c16_digits-300.py',
     'sokd': 'configs/benchmarks/digits/sokd-fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
 }
 LABELS = {
@@ -42,8 +44,6 @@ LABELS = {
     'inherited': 'student alone, inherited start',
     'amd': 'distilled: AMD, inherited start',
     'fitnet': 'distilled: FitNet, inherited start',
-    'dafa': 'distilled: FitNet and DAFA, inherited start',
-    'dam': 'distilled: FitNet and DAM, inherited start',
     'sokd': 'distilled: SoKD on FitNet, inherited start',
 }
 COLUMNS = {
@@ -60,17 +60,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--seeds', type=int, nargs='+', default=[1],
                         help='seeds of the students; the teacher has 0, and the weights were tuned on 0')
-    parser.add_argument('--arms', nargs='+', choices=ARMS, default=['teacher', 'student', 'inherited', 'amd', 'sokd'],
-                        help='what to train')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, help='what to train',
+                        default=['teacher', 'student', 'inherited', 'amd', 'sokd'])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()
     began = time.time()
     subprocess.run([sys.executable, 'tools/dataset_converters/make_digits.py'], check=True)
-    runs = {arm: [run_arm(arm, seed, args.work_dir) for seed in ([0] if arm == 'teacher' else args.seeds)]
-            for arm in ARMS if arm in args.arms}
+    chosen = [variant for variant in VARIANTS if variant in args.variants]
+    runs = {'teacher': [run_variant('teacher', 0, args.work_dir, CORES)]} if 'teacher' in chosen else {}
+    jobs = min(2, CORES)  # students at a time
+    with ThreadPoolExecutor(jobs) as pool:
+        students = {variant: [pool.submit(run_variant, variant, seed, args.work_dir, CORES // jobs)
+                              for seed in args.seeds] for variant in chosen if variant != 'teacher'}
+        runs.update({variant: [each.result() for each in started] for variant, started in students.items()})
     measure_together(runs)
 
-    report = {arm: summary(found) for arm, found in runs.items()}
+    report = {variant: summary(found) for variant, found in runs.items()}
     report['meta'] = dict(seeds=args.seeds, torch=torch.__version__, mmdet=mmdet.__version__,
                           mmkd_plugin=mmkd_plugin.__version__, cpus=os.cpu_count(), seconds=round(time.time() - began))
     path = args.work_dir / 'report.json'
@@ -82,11 +87,11 @@ def main() -> None:
     print(f'Detections beside the truth: {picture}')
 
 
-def run_arm(arm: str, seed: int, root: Path) -> dict:
-    """Trains, exports and evaluates one arm, or returns what an earlier call with the same config found."""
-    work_dir = root / (arm if arm == 'teacher' else f'{arm}_seed{seed}')
+def run_variant(variant: str, seed: int, root: Path, threads: int) -> dict:
+    """Trains, exports and evaluates one variant, or returns what an earlier call with the same config found."""
+    work_dir = root / (variant if variant == 'teacher' else f'{variant}_seed{seed}')
     options = dict(work_dir=str(work_dir), randomness=dict(seed=seed))
-    cfg = Config.fromfile(ARMS[arm])
+    cfg = Config.fromfile(VARIANTS[variant])
     if 'teacher_ckpt' in cfg.model:
         options['model.teacher_ckpt'] = str(find_latest_checkpoint(root / 'teacher'))
     cfg.merge_from_dict(options)
@@ -94,23 +99,24 @@ def run_arm(arm: str, seed: int, root: Path) -> dict:
     config, done, state = work_dir / 'config.py', work_dir / 'result.json', work_dir / 'state.sha256'
     same = state.exists() and state.read_text() == fingerprint(cfg)
     if same and done.exists():
-        print(f'{LABELS[arm]}, seed {seed}: done before, in {work_dir}')
+        print(f'{LABELS[variant]}, seed {seed}: done before, in {work_dir}')
         return json.loads(done.read_text())
     config.write_text(cfg.pretty_text)
     state.write_text(fingerprint(cfg))
-    train(f'{LABELS[arm]}, seed {seed}', [sys.executable, '-W', 'ignore', 'tools/train.py', config]
-          + (['--resume'] if same else []), work_dir / 'train.log')
+    train(f'{LABELS[variant]}, seed {seed}', [sys.executable, '-W', 'ignore', 'tools/train.py', config]
+          + (['--resume'] if same else []), work_dir / 'train.log', threads)
 
-    exported, plain = work_dir / 'student.pth', work_dir / 'plain_config.py'
-    export_student(cfg, str(find_latest_checkpoint(work_dir)), str(exported), overwrite=True)
-    plain_config(cfg).dump(plain)
-    tested = work_dir / 'test'
-    run([sys.executable, '-W', 'ignore', PLAIN_TEST, plain, exported, '--work-dir', tested], work_dir / 'test.log')
-    metrics = json.loads(max(tested.glob('*/*.json')).read_text())
-    result = dict(seed=seed, config=str(plain), exported=str(exported), file_bytes=exported.stat().st_size,
-                  **{key.removeprefix('coco/'): value for key, value in metrics.items() if 'bbox' in key})
-    done.write_text(json.dumps(result, indent=2))
-    return result
+    with ONE_AT_A_TIME:  # MMEngine's default scope belongs to the process
+        exported, plain = work_dir / 'student.pth', work_dir / 'plain_config.py'
+        export_student(cfg, str(find_latest_checkpoint(work_dir)), str(exported), overwrite=True)
+        plain_config(cfg).dump(plain)
+        tested = work_dir / 'test'
+        run([sys.executable, '-W', 'ignore', PLAIN_TEST, plain, exported, '--work-dir', tested], work_dir / 'test.log')
+        metrics = json.loads(max(tested.glob('*/*.json')).read_text())
+        result = dict(seed=seed, config=str(plain), exported=str(exported), file_bytes=exported.stat().st_size,
+                      **{key.removeprefix('coco/'): value for key, value in metrics.items() if 'bbox' in key})
+        done.write_text(json.dumps(result, indent=2))
+        return result
 
 
 def fingerprint(cfg: Config) -> str:
@@ -124,20 +130,21 @@ def fingerprint(cfg: Config) -> str:
     return total.hexdigest()
 
 
-def train(label: str, command: list, log: Path) -> None:
-    """Runs a training, its log to a file and its progress to one line."""
+def train(label: str, command: list, log: Path, threads: int) -> None:
+    """Runs a training; prints its progress, and writes its log to a file."""
+    began = time.time()
     pattern = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*? eta: (\S+).*? loss: ([\d.]+)')
-    with log.open('w') as file, subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE,
-                                                 stderr=subprocess.STDOUT) as process:
+    with log.open('w') as file, subprocess.Popen(
+            [*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=dict(os.environ, OMP_NUM_THREADS=str(threads))) as process:
         for line in process.stdout:
             file.write(line)
             found = pattern.search(line)
             if found:
                 epoch, step, steps, eta, loss = found.groups()
-                end = '\r' if sys.stdout.isatty() else '\n'
-                print(f'{label}: epoch {epoch}, step {step}/{steps}, loss {loss}, {eta} left   ', end=end, flush=True)
+                print(f'{label}: epoch {epoch}, step {step}/{steps}, loss {loss}, {eta} left', flush=True)
     check(process.returncode, command, log)
-    print(f'{label}: trained. Log: {log}' + ' ' * 20)
+    print(f'{label}: trained in {time.time() - began:.0f} s. Log: {log}' + ' ' * 20, flush=True)
 
 
 def run(command: list, log: Path) -> None:
@@ -153,11 +160,11 @@ def check(code: int, command: list, log: Path) -> None:
 def measure_together(runs: dict[str, list[dict]]) -> None:
     """Adds parameters, FLOPs and latency of one image of 128 x 128."""
     image = dict(inputs=torch.zeros(1, 3, 128, 128))
-    costs = measure({arm: (build_student(Config.fromfile(found[0]['config']), found[0]['exported']).eval(), image)
-                     for arm, found in runs.items()})
-    for arm, found in runs.items():
+    costs = measure({variant: (build_student(Config.fromfile(found[0]['config']), found[0]['exported']).eval(), image)
+                     for variant, found in runs.items()})
+    for variant, found in runs.items():
         for result in found:
-            result.update(costs[arm])
+            result.update(costs[variant])
 
 
 def summary(found: list[dict]) -> dict:
@@ -176,11 +183,11 @@ def summary(found: list[dict]) -> dict:
 def table(report: dict) -> str:
     """Returns the report as a Markdown table."""
     lines = ['| | ' + ' | '.join(title for title, _ in COLUMNS.values()) + ' |', '|---' * (len(COLUMNS) + 1) + '|']
-    for arm in (arm for arm in ARMS if arm in report):
-        cells = [form.format(report[arm][key]) + (f' ± {report[arm][f"{key}_std"]:.3f}'
-                                                  if f'{key}_std' in report[arm] else '')
+    for variant in (variant for variant in VARIANTS if variant in report):
+        cells = [form.format(report[variant][key]) + (f' ± {report[variant][f"{key}_std"]:.3f}'
+                                                  if f'{key}_std' in report[variant] else '')
                  for key, (_, form) in COLUMNS.items()]
-        lines.append(f'| {LABELS[arm]} | ' + ' | '.join(cells) + ' |')
+        lines.append(f'| {LABELS[variant]} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
@@ -200,8 +207,8 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     figure, axes = plt.subplots(len(images), len(runs) + 1, figsize=(2.6 * (len(runs) + 1), 2.6 * len(images)),
                                 squeeze=False)
     with redirect_stdout(io.StringIO()):  # it says what it loads
-        models = {arm: init_detector(found[0]['config'], found[0]['exported'], device='cpu')
-                  for arm, found in runs.items()}
+        models = {variant: init_detector(found[0]['config'], found[0]['exported'], device='cpu')
+                  for variant, found in runs.items()}
     for row, image in zip(axes, images):
         path = str(Path(data.data_root) / data.data_prefix.img / image['file_name'])
         pixels = mmcv.imread(path, channel_order='rgb')

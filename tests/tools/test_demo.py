@@ -21,7 +21,7 @@ def test_several_seeds_give_mean_and_spread():
     assert 'bbox_mAP_std' not in demo.summary([result(0, 0.4)])
 
 
-def test_the_table_has_a_row_an_arm():
+def test_the_table_has_a_row_for_each_variant():
     report = dict(teacher=demo.summary([result(0, 0.6)]), amd=demo.summary([result(0, 0.4), result(1, 0.5)]))
     lines = demo.table(report).splitlines()
     assert len(lines) == 4
