@@ -50,10 +50,12 @@ custom_hooks = [dict(type='mmkd_plugin.FreezePolicyHook', search_iters=15)]
 train_dataloader['sampler'] = dict(type='InfiniteSampler')
 log_processor = dict(by_epoch=False)
 '''
+AMD = 'amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
+SOKD_ON_FITNET = 'sokd-fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
 RUNS = {
-    'amd': dict(config='amd_retinanet_r18-c16_digits-300.py', workers=2, cached=MOSAIC, rest=BY_EPOCH),
-    'sokd': dict(config='sokd_retinanet_r18-c16_digits-300.py', workers=2, cached='', rest=SOKD),
-    'by iteration': dict(config='sokd_retinanet_r18-c16_digits-300.py', workers=0, cached='', rest=BY_ITERATION),
+    'amd': dict(config=AMD, workers=2, cached=MOSAIC, rest=BY_EPOCH),
+    'sokd': dict(config=SOKD_ON_FITNET, workers=2, cached='', rest=SOKD),
+    'by iteration': dict(config=SOKD_ON_FITNET, workers=0, cached='', rest=BY_ITERATION),
 }
 
 
