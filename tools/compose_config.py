@@ -1,4 +1,4 @@
-"""Writes the config that distils one model into another: proposes the layers, and tries them for one step."""
+"""Writes the config that distils one model into another: chooses the layers, and tries one training step."""
 import argparse
 import sys
 
@@ -10,23 +10,23 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='load the weights even if they could run code; only if you trust whoever made them')
+                        help='allow the weights to run code; use it only if you trust whoever made them')
     parser.add_argument('-o', '--out', required=True, help='file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
     return parser.parse_args()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which distillation to compose."""
-    parser.add_argument('student', help='config of the plain student: a file, or mmdet::... or mmpretrain::...')
-    parser.add_argument('teacher', help='config of the teacher, likewise')
+    """Adds the options that describe the distillation."""
+    parser.add_argument('student', help='config of the student alone: a file, mmdet::... or mmpretrain::...')
+    parser.add_argument('teacher', help='config of the teacher: a file, mmdet::... or mmpretrain::...')
     parser.add_argument('--method', choices=METHODS, required=True)
     parser.add_argument('--base', choices=BASES,
-                        help='what sokd builds on, and feature is; default: reviewkd for classifiers, for detectors '
-                             'pkd where channels agree, else fitnet')
+                        help='base of the methods sokd and feature; default: reviewkd for classifiers; for detectors '
+                             'pkd if the channels are equal, else fitnet')
     parser.add_argument('--layers', nargs='+', default=(), metavar='NAME',
-                        help='modules to distil, NAME or STUDENT=TEACHER; default: those whose strides match')
-    parser.add_argument('--teacher-ckpt', required=True, metavar='FILE', help='weights of the teacher, or an address')
+                        help='modules to compare, NAME or STUDENT=TEACHER; default: those whose strides match')
+    parser.add_argument('--teacher-ckpt', required=True, metavar='FILE', help='weights of the teacher: a file or a URL')
 
 
 def main() -> None:

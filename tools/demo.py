@@ -1,7 +1,7 @@
-"""Distils a small detector on real handwritten digits, on a CPU in minutes, and shows what it gained.
+"""Distils a small detector of real handwritten digits on a CPU, and shows what the student gained.
 
-Trains a teacher, a student alone, the same student from the teacher's head ("inherited"), and that
-student distilled; exports each student, and lets plain MMDetection evaluate the exported file.
+Trains a teacher, a student alone, the same student started from the teacher's weights ("inherited"), and that
+student distilled. Exports each student, and evaluates the exported file with plain MMDetection.
 """
 import argparse
 import hashlib
@@ -59,8 +59,8 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--seeds', type=int, nargs='+', default=[1],
-                        help='seeds of the students; the teacher has 0, and the weights were tuned on 0')
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, help='what to train',
+                        help='seeds of the students; the teacher has seed 0, on which the weights were tuned')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, help='variants to train',
                         default=['teacher', 'student', 'inherited', 'amd', 'sokd'])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     args = parser.parse_args()

@@ -1,7 +1,6 @@
-"""Distils a teacher into a student in one command: composes the config as compose_config.py, and trains it as train.py.
+"""Distils a teacher into a student in one command: writes the config as compose_config.py and trains it as train.py.
 
-The config is written beside the work dir, to work_dirs/STUDENT_from_TEACHER_METHOD.py by default. With --resume it is
-taken as it is there.
+The config is written to work_dirs/STUDENT_from_TEACHER_METHOD.py by default. --resume uses the config that exists.
 """
 import argparse
 import sys
@@ -16,7 +15,7 @@ from mmkd_plugin.compose import compose
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     compose_config.add_options(parser)
-    parser.add_argument('-o', '--out', help='config to write; default work_dirs/STUDENT_from_TEACHER_METHOD.py')
+    parser.add_argument('-o', '--out', help='config to write; default: work_dirs/STUDENT_from_TEACHER_METHOD.py')
     train.add_options(parser)
     args = parser.parse_args()
     args.config = args.out or f'work_dirs/{_stem(args.student)}_from_{_stem(args.teacher)}_{args.method}.py'

@@ -1,8 +1,8 @@
 """Writes the student of a distillation checkpoint as a checkpoint of plain MMDetection or MMPretrain.
 
-What was written is loaded strictly and must put out, to the bit, what the distilled student does. A report beside it,
-student.json for student.pth, says what student and teacher cost. --onnx and --int8 add the student as it runs in
-production, and --report a page with pictures.
+The written file is loaded strictly, and its outputs must be bit-identical to those of the distilled student. The report
+student.json beside student.pth has the cost of student and teacher. --onnx and --int8 also write the student for
+deployment, and --report a page with pictures.
 """
 import argparse
 import json
@@ -31,27 +31,27 @@ from mmkd_plugin.deploy.student import build_student, export_student, image_chan
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config of the distillation')
-    parser.add_argument('checkpoint', help='any checkpoint of it')
+    parser.add_argument('checkpoint', help='any checkpoint of the distillation')
     parser.add_argument('out', help='file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
     parser.add_argument('--onnx', metavar='FILE', nargs='?', const='',
-                        help='also write it as ONNX, from pixels to detections or scores, checked with ONNX Runtime; '
-                        'default: OUT with the ending .onnx')
+                        help='also write ONNX, from pixels to detections or scores, checked with ONNX Runtime; '
+                        'default FILE: OUT with the suffix .onnx')
     parser.add_argument('--onnx-raw', action='store_true',
-                        help='end the ONNX of a detector at the raw outputs of its head')
+                        help='end the ONNX graph of a detector at the outputs of its head')
     parser.add_argument('--int8', action='store_true',
-                        help='also write the ONNX in eight bits, with the ending .int8.onnx')
+                        help='also write the ONNX graph in eight bits, with the suffix .int8.onnx')
     parser.add_argument('--calibrate', type=int, default=64, metavar='N',
-                        help='training images that the ranges of --int8 are measured on (default: %(default)s)')
+                        help='number of training images to calibrate --int8 with (default: %(default)s)')
     parser.add_argument('--max-drop', type=float, default=1.0, metavar='POINTS',
-                        help='accuracy that --int8 may cost, in points of 100 (default: %(default)s)')
-    parser.add_argument('--report', action='store_true', help='also write the report as a page, with the ending .html')
+                        help='largest loss of accuracy for --int8, in points (default: %(default)s)')
+    parser.add_argument('--report', action='store_true', help='also write the report as a page, with the suffix .html')
     parser.add_argument('--baseline', metavar='FILE',
-                        help='the same student trained without a teacher, to stand beside it in the report')
+                        help='checkpoint of the same student trained without a teacher, for comparison in the report')
     parser.add_argument('--evaluate', action='store_true',
-                        help='run the config\'s test with all of them, with the teacher if its weights are here')
+                        help='evaluate all models on the test set, the teacher if its weights are available')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='load the checkpoint even if it could run code; only if you trust whoever made it')
+                        help='allow the checkpoint to run code; use it only if you trust whoever made it')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     args = parser.parse_args()

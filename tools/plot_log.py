@@ -1,6 +1,6 @@
-"""Draws losses and metrics of several runs on one figure, from what MMEngine logs in their work dirs.
+"""Draws the losses and metrics of several runs in one figure, from MMEngine's logs in their work dirs.
 
-A work dir has a log for each time that it was started; what a resumed run did again replaces what was there.
+A work dir has one log for each start. If a resumed run repeats iterations, the later values are drawn.
 """
 import argparse
 import json
@@ -21,10 +21,10 @@ Curve = dict[int, float]  # value by step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='work dirs')
-    parser.add_argument('--out', type=Path, default=Path('log.png'), help='default %(default)s')
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='work dirs of the runs')
+    parser.add_argument('--out', type=Path, default=Path('log.png'), help='file to write; default: %(default)s')
     parser.add_argument('--keys', nargs='+', default=['loss', 'distill.*', '*mAP', '*top1', 'policy/entropy'],
-                        help='what to draw, a panel each: names or patterns; default %(default)s')
+                        help='names or patterns of the values to draw, one panel each; default: %(default)s')
     args = parser.parse_args()
     try:
         curves = {run: read(run) for run in args.runs}

@@ -1,4 +1,4 @@
-"""Tests the student of a distillation, from a training checkpoint or an exported one. Needs no teacher."""
+"""Evaluates the student of a distillation, from a training checkpoint or an exported one. No teacher is needed."""
 import argparse
 import os
 import sys
@@ -17,11 +17,11 @@ from mmkd_plugin.deploy.student import build_student, plain_config
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of the distillation, or of the plain model')
+    parser.add_argument('config', help='config of the distillation, or of the student without a teacher')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='where the log goes; default work_dirs/CONFIG')
+    parser.add_argument('--work-dir', help='folder for the log; default: work_dirs/CONFIG')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='load the checkpoint even if it could run code; only if you trust whoever made it')
+                        help='allow the checkpoint to run code; use it only if you trust whoever made it')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')

@@ -1,4 +1,4 @@
-"""Trains a config: a distillation, or a plain model to compare it with."""
+"""Trains the model of a config: a distillation, or a plain model to compare it with."""
 import argparse
 import os
 import sys
@@ -25,18 +25,18 @@ def parse_args() -> argparse.Namespace:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds all options of this program, but not the config."""
-    parser.add_argument('--work-dir', help='where logs and checkpoints go; default work_dirs/CONFIG')
-    parser.add_argument('--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints; default: work_dirs/CONFIG')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='resume from a checkpoint; without one, from the latest in the work dir')
+                        help='resume from CHECKPOINT; default: the last complete one in the work dir')
     parser.add_argument('--check-teacher', action='store_true',
                         help='evaluate the teacher on the validation set before the first step, and warn when the '
-                             'student has caught up with it')
+                             'student has caught up with the teacher')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='load weights files even if they could run code; only if you trust whoever made them')
+                        help='allow weights files to run code; use it only if you trust whoever made them')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override fields of the config, such as train_dataloader.batch_size=4')
+                        help='override fields of the config, for example train_dataloader.batch_size=4')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 

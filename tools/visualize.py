@@ -1,7 +1,8 @@
-"""Draws what teacher and student see in images: one sheet an image, with the student before and after its training.
+"""Draws what teacher and student see: one picture for each image, with the student before and after its training.
 
-On top what teacher, student before and student after put out; below, for both students and every map of the distiller's
-layers, attention, AMD's positive and negative maps, DAM's heatmaps and areas, as far as the distillation has them.
+The first row has the predictions of the teacher and of both students. The rows below have, for both students and every
+map of the distiller's layers, the attention and, if the distillation has them, AMD's positive and negative maps and
+DAM's heatmaps and areas.
 """
 import argparse
 import copy
@@ -41,12 +42,14 @@ from mmkd_plugin.visualization.distill_pictures import (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config of the distillation')
-    parser.add_argument('checkpoint', help='the student after training: any checkpoint of the distillation')
+    parser.add_argument('checkpoint', help='any checkpoint of the distillation')
     parser.add_argument('images', nargs='+', type=Path, help='image files')
-    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/visualize'), help='where the sheets go')
-    parser.add_argument('--score', type=float, default=0.3, help='of the detections to draw; default %(default)s')
+    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/visualize'),
+                        help='folder for the pictures; default: %(default)s')
+    parser.add_argument('--score', type=float, default=0.3,
+                        help='smallest score of the detections to draw; default: %(default)s')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='load the checkpoint even if it could run code; only if you trust whoever made it')
+                        help='allow the checkpoint to run code; use it only if you trust whoever made it')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     args = parser.parse_args()

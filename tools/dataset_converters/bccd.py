@@ -24,7 +24,7 @@ SEED = 0  # of the order of the training images
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('folder', type=Path, help='the folder BCCD of the data set')
-    parser.add_argument('--out', type=Path, default=Path('data/bccd'), help='directory to make')
+    parser.add_argument('--out', type=Path, default=Path('data/bccd'), help='folder to create')
     args = parser.parse_args()
     try:
         convert(args.folder, args.out)

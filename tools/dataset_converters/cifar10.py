@@ -19,7 +19,7 @@ SHARE = 0.1  # of the training images, for tuning
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('folder', type=Path, help='folder with train/CLASS/*.jpg and test/CLASS/*.jpg')
-    parser.add_argument('--out', type=Path, default=Path('data/cifar10'), help='directory to make')
+    parser.add_argument('--out', type=Path, default=Path('data/cifar10'), help='folder to create')
     args = parser.parse_args()
     try:
         convert(args.folder, args.out)

@@ -1,4 +1,4 @@
-"""Makes the embedded detection set: real handwritten digits on photographs, in COCO format."""
+"""Creates the demo's detection data set: real handwritten digits on photographs, in COCO format."""
 import argparse
 import sys
 
@@ -10,11 +10,11 @@ from mmkd_plugin.datasets.digits import make_digits
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--root', default='data/digits', help='directory to make')
-    parser.add_argument('--num-train', type=int, default=1600, help='training images')
-    parser.add_argument('--num-val', type=int, default=200, help='validation images')
-    parser.add_argument('--image-size', type=int, default=128, help='side of an image in pixels')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--root', default='data/digits', help='folder to create')
+    parser.add_argument('--num-train', type=int, default=1600, help='number of training images')
+    parser.add_argument('--num-val', type=int, default=200, help='number of validation images')
+    parser.add_argument('--image-size', type=int, default=128, help='height and width of an image in pixels')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the data set')
     return parser.parse_args()
 
 

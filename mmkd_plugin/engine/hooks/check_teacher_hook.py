@@ -1,4 +1,4 @@
-"""Is the teacher what it is said to be, and better than its student?"""
+"""Checks that the teacher reaches its known metrics, and that it is better than its student."""
 from math import isfinite
 
 from mmengine.hooks import Hook
@@ -20,9 +20,9 @@ _SLACK = 0.05  # below what is known, relative to it, before it is worth a warni
 class CheckTeacherHook(Hook):
     """Evaluates the teacher on the validation set before the first step, and warns when the student has caught up.
 
-    The teacher gets its images as in distillation: made by the student's preprocessor and renormalised, so
-    that a wrong checkpoint, normalisation or channel order shows. Its metrics are logged beside those that are known
-    of it. ``tools/train.py --check-teacher`` adds this hook. Training stays the same to the bit.
+    The teacher gets its images as in distillation: from the student's preprocessor, in the form that the teacher
+    expects. So a wrong checkpoint, normalisation or channel order shows. The log has its metrics beside the known
+    ones. ``tools/train.py --check-teacher`` adds this hook. The hook does not change the training.
 
     Args:
         expected: known metrics by the name that the evaluator gives them, such as ``{'coco/bbox_mAP': 0.365}``; by
@@ -30,7 +30,7 @@ class CheckTeacherHook(Hook):
 
     Raises:
         ValueError: ``expected`` is no dict of numbers; at the start of training: there is no teacher, no validation
-            set, or the teacher tells other classes apart than it holds.
+            set, or the teacher has another number of classes.
     """
 
     def __init__(self, expected: dict[str, float] | None = None) -> None:

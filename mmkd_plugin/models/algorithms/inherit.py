@@ -9,7 +9,7 @@ from ...utils import closest
 
 
 def num_classes(model: nn.Module, within: str = '') -> list[int]:
-    """Returns the numbers of classes that the heads of ``model`` tell apart; a region proposal network has none.
+    """Returns the numbers of classes of the heads of ``model``; a region proposal network has none.
 
     ``within`` restricts it to the module of that name and what is in it.
     """

@@ -41,19 +41,19 @@ from .teacher_precision import TeacherPrecision, check_precision
 
 @MODELS.register_module()
 class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
-    """MMRazor's ``SingleTeacherDistill`` for production: nothing silent, nothing for nothing.
+    """MMRazor's ``SingleTeacherDistill`` with checks at build time and a teacher that costs no more than it has to.
 
-    - The teacher is in eval mode, without gradient, and runs no further than
-      its recorders read. It is no submodule: no checkpoint, EMA copy,
-      optimiser or parallel wrapper sees it; a resume reads it from its own file.
-    - The student's preprocessor makes the batch. A teacher with another normalisation, channel order, padding or
-      input size gets it so; maps of equal stride are cropped to their common size.
-    - The teacher runs in half precision where the device is made for it.
-    - Layers of backbone and neck write in place as they do alone, unless a
-      record would change; MMRazor stops them all.
-    - Hooks of the student's config find the student's parts, see :class:`.StudentParts`, and constructors of
-      optimizers its parameters, under their own names.
-    - What does not fit is found when the model is built.
+    - The teacher is in eval mode, without gradient, and runs only as far as its recorders read. It is not a
+      submodule, so checkpoints, EMA copies, optimizers and parallel wrappers do not contain it. A resumed run reads
+      it from its own file.
+    - The student's preprocessor makes the batch. If the teacher has another normalisation, channel order, padding or
+      input size, it gets the batch in that form. Maps of equal stride are cropped to their common size.
+    - The teacher runs in half precision on devices made for it.
+    - Layers of backbone and neck work in place, as without distillation, unless this changes what is recorded.
+      MMRazor turns this off for all layers.
+    - Hooks of the student's config find the student's parts, see :class:`.StudentParts`. Constructors of optimizers
+      find the student's parameters under their own names.
+    - Configuration errors are reported when the model is built.
 
     Unscoped types within ``distiller`` are MMRazor's.
 
@@ -70,7 +70,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             that start from the teacher's weights where names and shapes agree
             (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529). They do so also after
             ``load_from`` a checkpoint of the plain student, but not after one of the distillation.
-        allow_random_teacher: whether a teacher without weights is meant. It starts as its own config initialises it.
+        allow_random_teacher: whether the teacher may have no weights. Its own config then initialises it.
         trust_checkpoint: whether weights files may run code when they are loaded: these two, and whatever both
             models read when they are built and initialised. By default they are read as data, and one that asks
             for more is refused.
