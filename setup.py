@@ -22,6 +22,7 @@ setup(
     # links to configs/, tools/ and model-index.yml, where OpenMMLab's tools look; a wheel has the files themselves
     package_data={'mmkd_plugin': ['.mim/*.yml', *(f'.mim/configs/**/*.{end}' for end in ('yml', 'md', 'py')),
                                   '.mim/tools/**/*']},
+    exclude_package_data={'mmkd_plugin': ['.mim/tools/**/__pycache__/*', '.mim/configs/**/__pycache__/*']},
     python_requires='>=3.10',
     classifiers=[f'Programming Language :: Python :: {version}' for version in ('3.10', '3.11', '3.12')],
     install_requires=[

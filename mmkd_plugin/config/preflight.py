@@ -72,7 +72,7 @@ def downloads(dataset: dict) -> bool:
     """Whether the dataset fetches itself, as those of CIFAR and MNIST do."""
     try:
         kind = DATASETS.get(str(dataset.get('type')))
-    except Exception:  # whatever is wrong with the type is said where it is built
+    except Exception:  # building it reports what is wrong with the type
         kind = None
     return kind is not None and 'download' in signature(kind).parameters and dataset.get('download', True)
 

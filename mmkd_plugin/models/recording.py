@@ -86,7 +86,7 @@ class PartialForward:
 
     Neck recorders leave the head out, recorders of the second stage of a
     backbone leave the third out, and no loss is computed. Where a recorder is
-    of a function or method, or of a part of a head that a blank image does not reach
+    of a function or method, or of a part of a head that a dummy input does not reach
     (``head.loss_module``), the whole model runs in mode ``loss``, as in MMRazor.
 
     Args:
@@ -149,7 +149,7 @@ class PartialForward:
 
 
 @torch.no_grad()
-def record_blank_image(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None,
+def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None,
                        to_the_end: bool = False) -> None:
     """Fills the recorders from one dummy input, in eval mode, to learn shapes at build time.
 
@@ -197,7 +197,7 @@ def layers_in_place(model: nn.Module) -> list[nn.Module]:
 def write_in_place(layers: list[nn.Module], model: nn.Module, recorders: RecorderManager) -> None:
     """Lets ``layers``, which MMRazor has stopped from it, write in place again, unless a record would change.
 
-    That saves the time and memory that a copy takes. What a blank image cannot show counts as a change: functions and
+    That saves the time and memory that a copy takes. What a dummy input cannot show counts as a change: functions and
     methods that are recorded, and a model whose ``extract_feat`` does not take the image.
     """
     _set_in_place(layers, True)
@@ -234,7 +234,7 @@ def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
             elif isinstance(recorder, ModuleOutputsRecorder):
                 hooks.append(modules[recorder.source].register_forward_hook(note))
             elif not isinstance(recorder, ParameterRecorder):
-                raise ValueError(f'{recorder.source} does not show on a blank image')
+                raise ValueError(f'{recorder.source} does not show on a dummy input')
         if hooks:
             with evaluating(model):
                 model.extract_feat(dummy_inputs(model)[0])

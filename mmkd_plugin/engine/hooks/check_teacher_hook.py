@@ -52,7 +52,7 @@ class CheckTeacherHook(Hook):
         classes = num_classes(model.student), num_classes(model.teacher)
         if classes[0] != classes[1]:
             raise ValueError(f'CheckTeacherHook: the validation set is of the student\'s {classes[0]} classes, and the '
-                             f'teacher tells {classes[1]} apart')
+                             f'teacher has {classes[1]}')
         with undisturbed(model):
             metrics = evaluate_teacher(model, runner.val_loop)
         self.teacher = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}

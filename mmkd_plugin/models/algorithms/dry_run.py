@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..alignment import Alignment, compared_maps, stride_ratio
 from ..dummy_input import dummy_inputs, dummy_size, padded, size_divisor
-from ..recording import PartialForward, change_records, evaluating, record_blank_image
+from ..recording import PartialForward, change_records, evaluating, record_dummy_input
 from .inherit import num_classes
 
 _ODD = (150, 101)  # no multiple of any stride: networks round differently
@@ -34,8 +34,8 @@ def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Mo
     for record in (record for inputs in distiller.loss_forward_mappings.values() for record in inputs.values()):
         counts, name = calls[record['from_student']], record['recorder']
         counts[name] = max(counts.get(name, 1), record.get('record_idx', 0) + 1)
-    record_blank_image(student, distiller.student_recorders, calls[True])
-    record_blank_image(teacher, distiller.teacher_recorders, calls[False])
+    record_dummy_input(student, distiller.student_recorders, calls[True])
+    record_dummy_input(teacher, distiller.teacher_recorders, calls[False])
     _check_classes(distiller, student, teacher)
     alignment = _alignment(distiller, student, teacher, resized)
     alignment()
@@ -159,7 +159,7 @@ def _check_classes(distiller: ConfigurableDistiller, student: nn.Module, teacher
     s_classes, t_classes = num_classes(student), num_classes(teacher)
     if s_classes == t_classes:
         return
-    message = f'the student tells {s_classes} classes apart, the teacher {t_classes}'
+    message = f'the student has {s_classes} classes, the teacher {t_classes}'
     unseen = []
     for loss, inputs in distiller.loss_forward_mappings.items():
         seen = {record['from_student'] for record in inputs.values() if _is_recorded(distiller, record)}

@@ -52,7 +52,7 @@ def inherit_modules(inherit: list[str], student: nn.Module, teacher: nn.Module) 
         for key in fitting:
             s_module.state_dict()[key].copy_(t_module.state_dict()[key])
         message = f'inherit: {len(fitting)} of {len(fitting) + len(others)} weights of {name!r} come from the teacher'
-        print_log(f'{message}; not inherited, for want of the same name and shape: {", ".join(others)}'
+        print_log(f'{message}; the teacher has no weight of the name and shape of: {", ".join(others)}'
                   if others else f'{message}.', logger='current')
 
 

@@ -107,7 +107,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                  init_cfg: dict | None = None) -> None:
         if isinstance(teacher, dict) and not (teacher_ckpt or allow_random_teacher or teacher.get('pretrained')):
             raise ValueError('teacher_ckpt is missing: a teacher without weights teaches noise. Give its checkpoint, '
-                             'or allow_random_teacher=True if that is meant')
+                             'or set allow_random_teacher=True')
 
         check_wiring(distiller)
         check_precision(teacher_precision)

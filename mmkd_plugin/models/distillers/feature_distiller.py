@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
-from ..recording import check_sources, record_blank_image
+from ..recording import check_sources, record_dummy_input
 from .auto_weight import AutoWeight, gradient_norms
 from .crosskd import CrossKD
 from .presets import fill_channels, resolve
@@ -133,7 +133,7 @@ class FeatureDistiller(ConfigurableDistiller):
         """Fills the layers' recorders from a dummy input, and notes where their maps are."""
         manager, wanted = self.student_recorders if from_student else self.teacher_recorders, RecorderManager()
         wanted.recorders.update({name: manager.get_recorder(name) for name in self.layers})
-        record_blank_image(model, wanted, to_the_end=True)
+        record_dummy_input(model, wanted, to_the_end=True)
         for name in self.layers:
             places = []
             for call, output in enumerate(wanted.get_recorder(name).data_buffer):

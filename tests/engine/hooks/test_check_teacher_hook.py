@@ -118,7 +118,7 @@ def test_mistakes(train, teacher):
         CheckTeacherHook(dict(a='b'))
     with pytest.raises(ValueError, match='no val_dataloader'):
         train(fields, labels, val_cfg=None, val_dataloader=None, val_evaluator=None)
-    with pytest.raises(ValueError, match=r"student's \[4\] classes, and the teacher tells \[5\] apart"):
+    with pytest.raises(ValueError, match=r"student's \[4\] classes, and the teacher has \[5\]"):
         train(dict(teacher=classifier(16, num_classes=5), allow_random_teacher=True), labels)
     with pytest.raises(ValueError, match='a ImageClassifier has no teacher'):
         train(fields, labels, model=classifier(8))

@@ -2,7 +2,7 @@ import pytest
 from conftest import classifier, retinanet
 
 AMD = dict(type='mmkd_plugin.AMDDistiller', layers=['neck'], amd=dict(scale_free=True))
-LOSS = 'num_classes: the student tells [4] classes apart, the teacher [5]; '
+LOSS = 'num_classes: the student has [4] classes, the teacher [5]; '
 
 
 @pytest.fixture
@@ -46,5 +46,5 @@ def test_equal_classes_are_no_news(build, warnings):
 
 
 def test_maps_of_classes_within_a_head_are_compared(build):
-    with pytest.raises(ValueError, match=r'retina_cls_0 compares outputs of heads.*\[3\] classes apart.*\[5\]'):
+    with pytest.raises(ValueError, match=r'retina_cls_0 compares outputs of heads.*\[3\] classes.*\[5\]'):
         build(distill(retinanet(8), retinanet(8, num_classes=5), dict(AMD, layers=['bbox_head.retina_cls'])))

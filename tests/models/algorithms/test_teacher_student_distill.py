@@ -231,7 +231,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_a_list(build, teacher_file,
     (dict(teacher_precision='half'), "teacher_precision: unknown precision, got 'half', expected one of auto, float32"),
     (dict(teacher_input_size=100), r'teacher_input_size: not a multiple.*\(100, 100\).*Give \(128, 128\)'),
     (dict(teacher=grey_classifier(), architecture=classifier(8), distiller=dict(
-        AMD, layers=['backbone.layer3'])), 'teacher: .*1 channel.*3'),
+        AMD, layers=['backbone.layer3'])), 'teacher: takes images of other channels.*got 1, expected 3'),
     (dict(teacher=retinanet(16, levels=3)), '4 feature maps.*3'),
     (dict(distiller=dict(AMD, amd=dict(margin=-1))), 'margin.*-1'),
     (dict(loss_schedules={'loss_amd_nekc*': dict(end=5)}), "no distillation loss.*loss_amd_neck_0"),
