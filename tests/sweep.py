@@ -8,6 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmkd_plugin.checkpoints.initialize import forget_weights_files
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +38,7 @@ def check(config: str | Path, options: dict, work_dir: Path) -> Runner:
         work_dir: for logs.
     """
     runner = Runner.from_cfg(load(config, options, work_dir))
+    forget_weights_files(runner.model.teacher)  # nothing is downloaded
     probe = _Probe()
     runner.register_hook(probe, priority='LOWEST')
     hook = runner.model.register_forward_hook(probe.look_at_losses, with_kwargs=True)
