@@ -61,13 +61,13 @@ def stages(device: str, folder: Path) -> list[Stage]:
     work = Stage('jobs', 170, ['tools/benchmarks/gpu_jobs.py', '--device', device, '--work-dir',
                                str(folder / 'jobs'), '--out', str(jobs)], 'jobs.log', jobs)
     if device == 'cpu':
-        work = work._replace(limit=500, command=[*work.command, '--quick', '--images', '8'])
-        return [tests._replace(limit=500), work,
-                benchmark('retinanet-1', 300, 'step', '--batch', 1, '--size', '64x64', '--rounds', 1, '--variants',
+        work = work._replace(limit=900, command=[*work.command, '--quick', '--images', '8'])
+        return [tests._replace(limit=900), work,
+                benchmark('retinanet-1', 900, 'step', '--batch', 1, '--size', '64x64', '--rounds', 1, '--variants',
                           'amd'),
-                benchmark('resnet-2', 300, 'step', '--pair', 'resnet', '--batch', 2, '--size', '32x32', '--rounds', 1,
+                benchmark('resnet-2', 900, 'step', '--pair', 'resnet', '--batch', 2, '--size', '32x32', '--rounds', 1,
                           '--variants', 'sokd_search', 'pkd'),
-                benchmark('loss', 100, 'loss', '--maps', '4x16x16', '--rounds', 1)]
+                benchmark('loss', 900, 'loss', '--maps', '4x16x16', '--rounds', 1)]
     images = ['--size', '800x1344', '--variants', *VARIANTS]
     return [tests, work,
             benchmark('retinanet-8', 120, 'step', '--batch', 8, '--rounds', 20, *images),
