@@ -93,15 +93,20 @@ class Run:
             self.process = subprocess.Popen([sys.executable, '-W', 'ignore', *stage.command], cwd=ROOT, env=env,
                                             stdout=printed, stderr=log, start_new_session=True)
 
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
     def result(self) -> dict:
         """Waits for it, or ends it when its time is over; returns how it went and what it found."""
         try:
             code = self.process.wait(max(0, self.limit - (time.monotonic() - self.began)))
             outcome = 'ok' if code == 0 else f'FAILED with code {code}'
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
             outcome = f'FAILED: stopped after {self.limit:.0f} s'
+        finally:  # also when this program is interrupted
+            self.end()
         printed = self.printed.read_text(errors='replace')
         with open(self.out / self.stage.log, 'a') as log:
             log.write(f'\n--- {self.stage.name}: python {" ".join(self.stage.command)}\n{printed}\n')
@@ -173,6 +178,7 @@ def main() -> None:
     parser.add_argument('--stages', nargs='+', metavar='NAME', help='which stages to run, such as tests; default: all')
     parser.add_argument('--limit', type=float, default=LIMIT, help='seconds in all; default %(default)s')
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an interrupt: ends what runs
     began, out = time.monotonic(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
@@ -199,8 +205,13 @@ def main() -> None:
             (out / 'summary.md').write_text(summary(ordered, args.device, time.monotonic() - began))
 
         together = [stage for stage in planned if stage.name in ('tests', 'jobs')]
-        for run in [Run(stage, out, Path(folder), args.device, left()) for stage in together]:
-            finish(run)
+        runs = [Run(stage, out, Path(folder), args.device, left()) for stage in together]
+        try:
+            for run in runs:
+                finish(run)
+        finally:
+            for run in runs:
+                run.end()
         for stage in planned:
             if stage not in together:
                 finish(Run(stage, out, Path(folder), args.device, left()))
