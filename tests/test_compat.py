@@ -145,7 +145,7 @@ from mmpretrain.registry import MODELS
 assert MODELS.get('ResNet') and MODELS.get('mmkd_plugin.AMDLoss')
 MODELS.build(dict(type='BlipCaption'))
 ''', **env)
-    assert code != 0 and 'BlipCaption requires extra multi-modal dependencies' in output, output[-2000:]
+    assert code != 0 and 'requires extra multi-modal dependencies' in output, output[-2000:]
 
 
 def test_a_clash_of_versions_is_named_in_one_sentence():
