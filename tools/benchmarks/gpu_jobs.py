@@ -106,11 +106,12 @@ class Day:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        if self.device == 'cpu':
-            torch.cuda.set_device = lambda device: None  # MMEngine's launcher names one, GPU or not
         backend = 'gloo' if self.device == 'cpu' else 'nccl'
-        self.train(config, 'sokd_ddp', '--launcher', 'pytorch', epochs=2, options=[
-            *options, f'env_cfg.dist_cfg.backend={backend}'])
+        options = [*options, f'env_cfg.dist_cfg.backend={backend}']
+        if self.device == 'cpu':  # MMEngine's launcher and wrapper name a GPU, whether there is one or not
+            torch.cuda.set_device = lambda device: None
+            options += ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
+        self.train(config, 'sokd_ddp', '--launcher', 'pytorch', epochs=2, options=options)
         if torch.distributed.get_backend() != backend:
             raise RuntimeError(f'the process group runs over {torch.distributed.get_backend()}')
         torch.distributed.destroy_process_group()
