@@ -61,7 +61,7 @@ def stages(device: str, folder: Path) -> list[Stage]:
     work = Stage('jobs', 170, ['tools/benchmarks/gpu_jobs.py', '--device', device, '--work-dir',
                                str(folder / 'jobs'), '--out', str(jobs)], 'jobs.log', jobs)
     if device == 'cpu':
-        work = work._replace(limit=900, command=[*work.command, '--quick', '--images', '8'])
+        work = work._replace(limit=900, command=[*work.command, '--quick', '--images', '4'])
         return [tests._replace(limit=900), work,
                 benchmark('retinanet-1', 900, 'step', '--batch', 1, '--size', '64x64', '--rounds', 1, '--variants',
                           'amd'),
