@@ -1,4 +1,4 @@
-.PHONY: setup demo benchmark test test-modern sweep lint
+.PHONY: setup demo benchmark test test-modern test-gpu sweep lint
 
 # The stack of all that follows: official, in .venv, or modern, in .venv-modern (docs/stacks.md)
 STACK ?= official
@@ -26,6 +26,9 @@ test: setup lint  ## the whole suite, on up to four cores
 test-modern:  ## on the newer stack: import, registries, every loss, a detector and a classifier distilled and exported
 	$(MAKE) setup STACK=modern
 	OMP_NUM_THREADS=1 $(PYTHON_modern) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(MODERN)
+
+test-gpu:  ## on an NVIDIA GPU, in 8 minutes, with the environment's own python: tests, jobs and benchmarks, to work_dirs/gpu
+	tools/benchmarks/gpu.sh
 
 sweep: setup  ## every distillation config trained, exported and loaded through the commands, on miniature data
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 -m sweep tests/test_full_sweep.py

@@ -31,6 +31,8 @@ setup(
         # needed by mmrazor, which does not declare them
         'joblib',
         'ordered_set',
+        # needed by onedl-mmdetection, which does not declare it
+        'six',
     ],
     extras_require={
         'digits': ['scikit-learn'],  # the embedded data set of the demo

@@ -1,8 +1,9 @@
 """AMD and SoKD knowledge distillation for MMDetection and MMPretrain, in MMRazor's manner."""
-from .compat import check_stack, let_constructors_see_the_student, make_mmrazor_importable
+from .compat import check_stack, leave_multimodal_out, let_constructors_see_the_student, make_mmrazor_importable
 
 __version__ = '0.2.0'
 
 check_stack()
+leave_multimodal_out()
 make_mmrazor_importable()
 let_constructors_see_the_student()

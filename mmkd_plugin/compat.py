@@ -11,6 +11,10 @@ MMRazor also asserts mmcv <= 2.1.0 when it is imported, and nowhere else. It
 works with the newer ones of the ``onedl-*`` packages, which MMDetection and
 MMPretrain judge for themselves, so for that moment it is shown 2.1.0.
 
+MMPretrain, to 1.3.6, fails to import beside transformers 5 with "TypeError:
+NoneType takes no arguments", which only its models of images and text need.
+:func:`leave_multimodal_out` makes it do without them, as without transformers.
+
 Constructors of optimizers, MMEngine's and those that MMDetection and MMPretrain
 derive from it, tell parameters by their names in the plain model, such as
 ``backbone.stages.0``, and ask the model for ``backbone`` or
@@ -27,16 +31,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 _QUANTISATION = 'mmrazor.structures.quantization'
 _NEWEST_MMCV_FOR_MMRAZOR = '2.1.0'
+_NEWEST_MMPRETRAIN_TO_FAIL = '1.3.6'  # beside transformers 5
+_FIRST_MMDET_WITH_IMGAUG = '3.5.0'  # onedl-mmdetection, which does not declare it
 _STACK = {
     'torch': '`pip install torch`',
     'mmengine': '`pip install mmengine`, or `onedl-mmengine` on the newer stack',
     'mmcv': '`pip install "mmcv>=2.0.0rc4,<2.2.0"`, or `onedl-mmcv` on the newer stack',
     'mmcv.ops': '`pip install "mmcv>=2.0.0rc4,<2.2.0"`, or `onedl-mmcv` on the newer stack '
                 '(after `pip uninstall mmcv-lite`, which has no compiled ops)',
+    'six': '`pip install six`',  # onedl-mmdetection needs it, and does not declare it
     'mmdet': '`pip install "mmdet>=3.0.0,<3.4.0"`, or `onedl-mmdetection` on the newer stack',
     'mmpretrain': '`pip install "mmpretrain>=1.0.0,<1.3.0"`, or `onedl-mmpretrain` on the newer stack',
     'joblib': '`pip install joblib`',
@@ -74,13 +82,13 @@ def _mmcv_as_mmrazor_wants() -> Iterator[None]:
     """Shows the newest mmcv that MMRazor admits instead of a newer one, and takes it back in any case."""
     import mmcv
     from mmengine.utils import digit_version
-    version = mmcv.__version__
-    if digit_version(version) > digit_version(_NEWEST_MMCV_FOR_MMRAZOR):
+    actual = mmcv.__version__
+    if digit_version(actual) > digit_version(_NEWEST_MMCV_FOR_MMRAZOR):
         mmcv.__version__ = _NEWEST_MMCV_FOR_MMRAZOR
     try:
         yield
     finally:
-        mmcv.__version__ = version
+        mmcv.__version__ = actual
 
 
 def check_stack() -> None:
@@ -90,11 +98,33 @@ def check_stack() -> None:
         StackError: One sentence, if a package is missing or clashes.
     """
     for module, remedy in _STACK.items():
-        try:
-            with _mmcv_as_mmrazor_wants() if module == 'mmrazor' else nullcontext():
-                import_module(module)
-        except (ImportError, AssertionError) as error:  # OpenMMLab asserts versions at import
-            raise StackError(f'mmkd_plugin cannot use {module} ({error}): run {remedy}.') from error
+        _check(module, remedy)
+    from mmdet import __version__ as mmdet_version
+    from mmengine.utils import digit_version
+    if digit_version(mmdet_version) >= digit_version(_FIRST_MMDET_WITH_IMGAUG):
+        _check('imgaug', '`pip install --no-deps imaug`, its maintained fork of the same import name')
+
+
+def _check(module: str, remedy: str) -> None:
+    try:
+        with _mmcv_as_mmrazor_wants() if module == 'mmrazor' else nullcontext():
+            import_module(module)
+    except (ImportError, AssertionError) as error:  # OpenMMLab asserts versions at import
+        raise StackError(f'mmkd_plugin cannot use {module} ({error}): run {remedy}.') from error
+
+
+def leave_multimodal_out() -> None:
+    """Makes MMPretrain use placeholders for its models of images and text where transformers is too new for them."""
+    import mmpretrain
+    from mmengine.utils import digit_version
+    from mmpretrain.utils import dependency
+    try:
+        transformers = version('transformers')
+    except PackageNotFoundError:
+        return
+    if (digit_version(transformers) >= digit_version('5.0.0')
+            and digit_version(mmpretrain.__version__) <= digit_version(_NEWEST_MMPRETRAIN_TO_FAIL)):
+        dependency.WITH_MULTIMODAL = False
 
 
 def make_mmrazor_importable() -> None:

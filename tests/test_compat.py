@@ -1,5 +1,6 @@
 """Each case in a process of its own: what is imported cannot be unimported."""
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ sys.meta_path.insert(0, Absent())
 '''
 
 
-def python(code):
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], text=True, capture_output=True)
+def python(code, **env):
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], text=True, capture_output=True,
+                          env=dict(os.environ, **env))
     return done.returncode, done.stdout + done.stderr
 
 
@@ -102,7 +104,7 @@ assert type(MODELS.build(dict(type='mmkd_plugin.AMDLoss'))).__name__ == 'AMDLoss
     assert code == 0, output
 
 
-@pytest.mark.parametrize('package', ['mmcv._ext', 'mmpretrain', 'mmrazor', 'ordered_set'])
+@pytest.mark.parametrize('package', ['mmcv._ext', 'mmpretrain', 'mmrazor', 'ordered_set', 'six'])
 def test_what_is_not_installed_is_named_in_one_sentence(package):
     """``mmcv._ext`` is what mmcv-lite lacks. The registry must not swallow it."""
     code, output = python(WITHOUT.format(name=package) + '''
@@ -112,6 +114,38 @@ MODELS.build(dict(type='mmkd_plugin.AMDLoss'))
     last = output.strip().splitlines()[-1]
     assert code != 0 and 'StackError' in last and 'run `pip install' in last, output[-2000:]
     assert package.split('.')[0] in last
+
+
+def test_what_onedl_mmdetection_does_not_declare_is_named():
+    code, output = python(WITHOUT.format(name='imgaug') + '''
+import mmdet
+mmdet.__version__ = '3.5.1'
+import mmkd_plugin
+''')
+    last = output.strip().splitlines()[-1]
+    assert code != 0 and 'StackError: mmkd_plugin cannot use imgaug' in last and '`pip install --no-deps imaug`' in last
+
+
+def test_transformers_too_new_for_mmpretrain_costs_only_its_models_of_images_and_text(tmp_path):
+    (tmp_path / 'transformers').mkdir()
+    (tmp_path / 'transformers/__init__.py').write_text('''
+class configuration_utils:  # torch 2.1 reads it; all that MMPretrain asks of version 4 is not there
+    class PretrainedConfig:
+        pass
+''')
+    information = tmp_path / 'transformers-5.0.0.dist-info/METADATA'
+    information.parent.mkdir()
+    information.write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n')
+    env = dict(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]))
+    code, output = python('import mmpretrain.models', **env)
+    assert code != 0 and 'transformers' in output, output[-2000:]  # the real one gets further, to a TypeError
+    code, output = python('''
+import mmkd_plugin.models
+from mmpretrain.registry import MODELS
+assert MODELS.get('ResNet') and MODELS.get('mmkd_plugin.AMDLoss')
+MODELS.build(dict(type='BlipCaption'))
+''', **env)
+    assert code != 0 and 'requires extra multi-modal dependencies' in output, output[-2000:]
 
 
 def test_a_clash_of_versions_is_named_in_one_sentence():

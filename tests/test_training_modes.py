@@ -99,8 +99,7 @@ def test_the_policy_steps_when_the_student_does(distil):
 
 @pytest.mark.parametrize('device, dtype, wrapper', [
     ('cpu', torch.bfloat16, 'mmkd_plugin.AutocastOptimWrapper'),
-    pytest.param('cuda', torch.float16, 'AmpOptimWrapper', marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason='needs a GPU')),
+    pytest.param('cuda', torch.float16, 'AmpOptimWrapper', marks=pytest.mark.gpu),
 ])
 @pytest.mark.parametrize('method', METHODS)
 def test_mixed_precision(distil, method, device, dtype, wrapper):

@@ -28,8 +28,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(['git', *arguments], capture_output=True, text=True,
-                          cwd=Path(__file__).parent).stdout.strip()
+    try:
+        return subprocess.run(['git', *arguments], capture_output=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # there is no git
+        return ''
 
 
 def _cpu_name() -> str:

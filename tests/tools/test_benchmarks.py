@@ -80,53 +80,61 @@ def test_benchmark_loss(run, tool, tmp_path):
                  '--plot', tmp_path / 'loss.png')
     large, small = json.loads((tmp_path / 'loss_1.json').read_text())['maps']
     assert large['map_bytes'] == 2 * 64 * 32 * 32 * 4
-    assert 0 < large['arms']['floor']['peak_bytes'] - large['map_bytes'] < 100  # the gradient, and scalars
+    assert 0 < large['variants']['lower bound']['peak_bytes'] - large['map_bytes'] < 100  # the gradient, and scalars
     for name in ('amd', 'amd scale-free'):
-        assert large['map_bytes'] < large['arms'][name]['peak_bytes'] < large['arms']['plain']['peak_bytes']
-        assert len(large['arms'][name]['seconds']) == 2
-    assert output.count('| 2 x 4 x 16 x 16 |') == len(small['arms']) == 4
+        assert large['map_bytes'] < large['variants'][name]['peak_bytes'] < large['variants']['plain']['peak_bytes']
+        assert len(large['variants'][name]['seconds']) == 2
+    assert output.count('| 2 x 4 x 16 x 16 |') == len(small['variants']) == 4
     assert (tmp_path / 'loss.png').stat().st_size > 0
     text = '\n'.join(tool('report_cost').sections(tmp_path, tmp_path))
-    assert output.splitlines()[-1] in text and 'benchmark_loss --maps 64x32x32 4x16x16 --rounds 2' in text
+    assert output.splitlines()[-1] in text and 'loss --maps 64x32x32 4x16x16 --rounds 2' in text
     assert '(images/results_loss_1.png)' in text and (tmp_path / 'results_loss_1.png').stat().st_size > 0
 
 
 def test_benchmark_step(run, tool, monkeypatch, tmp_path):
     monkeypatch.setattr(tool('step'), 'MEMORY_STEPS', 1)
-    output = run('step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--rounds', 2, '--arms', 'amd',
-                 'amd_amp', 'sokd_search', 'sokd_frozen', 'sokd_base', 'cwd', '--sub-policies', 1, 36, '--clock', 'cpu',
-                 '--out', tmp_path / 'step_1.json', '--plot', tmp_path / 'step.png')
+    output = run('step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--rounds', 2, '--variants',
+                 'amd', 'amd_float32', 'amd_amp', 'sokd_search', 'sokd_frozen', 'sokd_base', 'cwd',
+                 '--sub-policies', 1, 36, '--clock', 'cpu', '--out', tmp_path / 'step_1.json', '--plot',
+                 tmp_path / 'step.png')
     found = json.loads((tmp_path / 'step_1.json').read_text())
-    arms = [(figure['arm'], figure['settings']['sub_policies']) for figure in found['arms']]
-    assert arms == [('floor', 1), ('amd', 1), ('amd_amp', 1), ('sokd_search', 1), ('sokd_search', 36),
-                    ('sokd_frozen', 1), ('sokd_frozen', 36), ('sokd_base', 1), ('cwd', 1)]
-    figures = dict(zip(arms, found['arms']))
-    assert figures['floor', 1]['to_floor'] == dict(ratio=1.0, low=1.0, high=1.0)
-    weights = figures['floor', 1]['peak_bytes']
+    variants = [(figure['variant'], figure['settings']['sub_policies']) for figure in found['variants']]
+    assert variants == [('student', 1), ('lower_bound', 1), ('amd', 1), ('amd_float32', 1),
+                        ('amd_amp', 1), ('sokd_search', 1), ('sokd_search', 36), ('sokd_frozen', 1),
+                        ('sokd_frozen', 36), ('sokd_base', 1), ('cwd', 1)]
+    figures = dict(zip(variants, found['variants']))
+    assert figures['lower_bound', 1]['to_lower_bound'] == dict(ratio=1.0, low=1.0, high=1.0)
+    assert figures['student', 1]['to_student'] == dict(ratio=1.0, low=1.0, high=1.0)
+    weights = figures['lower_bound', 1]['peak_bytes']
+    assert found['teacher_bytes'] > 21.8e6 * 4
+    assert figures['lower_bound', 1]['memory_to_student'] > 1 + 0.9 * found['teacher_bytes'] / figures[
+        'student', 1]['peak_bytes']
     assert weights > (21.8e6 + 11.7e6 * 2) * 4  # teacher, student, its momentum
     assert figures['sokd_search', 36]['peak_bytes'] > figures['sokd_base', 1]['peak_bytes'] > weights
-    goals = [(goal['arm'], goal['below'], goal['settings']['sub_policies']) for goal in found['goals']]
-    assert goals == [('amd', 'floor', 1), ('sokd_search', 'floor', 1), ('sokd_search', 'floor', 36),
-                     ('sokd_frozen', 'floor', 1), ('sokd_frozen', 'floor', 36),
+    goals = [(goal['variant'], goal['below'], goal['settings']['sub_policies']) for goal in found['goals']]
+    assert goals == [('amd', 'lower_bound', 1), ('sokd_search', 'lower_bound', 1), ('sokd_search', 'lower_bound', 36),
+                     ('sokd_frozen', 'lower_bound', 1), ('sokd_frozen', 'lower_bound', 36),
                      ('sokd_search', 'sokd_frozen', 1), ('sokd_search', 'sokd_frozen', 36)]
     assert output.count('reached') + output.count('MISSED') == 2 * 5 + 2
     assert (tmp_path / 'step.png').stat().st_size > 0
     text = '\n'.join(tool('report_cost').sections(tmp_path, tmp_path))
     row, = (line for line in output.splitlines() if line.startswith('| cwd |'))
+    assert '| variant | sub-policies | ms | time to the student\'s own step | time to the lower bound |' in output
     assert row in text and '### ResNet34 to ResNet18 against sub-policies, torch' in text
     assert '(images/results_step_1.png)' in text and (tmp_path / 'results_step_1.png').stat().st_size > 0
 
 
 def test_what_sokd_is_measured_on(tool):
-    for name, base in (('retinanet', 'L2Loss'), ('resnet', 'mmkd_plugin.ReviewKDLoss'), ('resnet-fitnet', 'L2Loss')):
+    for name, base in (('retinanet', 'pkd'), ('resnet', 'reviewkd'), ('resnet-fitnet', 'fitnet')):
         pair = tool('step').PAIRS[name]
-        assert Config.fromfile(ROOT / pair.configs['sokd']).model.distiller.base.type == base
+        found = Config.fromfile(ROOT / pair.configs['sokd']).model.distiller.base
+        assert base == (found if isinstance(found, str) else found.preset)
         assert 'AMD' in Config.fromfile(ROOT / pair.configs['amd']).model.distiller.type
 
 
 def test_a_step_that_cannot_be_is_one_sentence(run):
     with pytest.raises(SystemExit, match='fbkd cannot take a step on images of .32, 32.'):
-        run('step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--arms', 'fbkd')
+        run('step', '--pair', 'resnet', '--size', '32x32', '--batch', 2, '--variants', 'fbkd')
 
 
 @pytest.mark.parametrize('options, message', [

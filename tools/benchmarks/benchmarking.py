@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 WARMUP = 2  # rounds that count for nothing
 
 PEAK_MEMORY = (
-    'Peak memory is the most that the arm\'s tensors hold at once within a call, counted by the allocator, not by the '
-    'operating system: on a CPU from the allocations and releases that torch\'s profiler records, on CUDA from '
+    'Peak memory is the most that the variant\'s tensors hold at once within a call, counted by the allocator, not by '
+    'the operating system: on a CPU from the allocations and releases that torch\'s profiler records, on CUDA from '
     'max_memory_allocated. What a library allocates by itself, as oneDNN may, does not count.')
 
 

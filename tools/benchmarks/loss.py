@@ -1,7 +1,7 @@
 """What the AMD loss costs, forward and backward, against the least that memory allows and against the plain way.
 
-"floor" reads both feature maps once (two sums), then reads one and writes its gradient once (one product). "plain" is
-the paper's steps written down one by one. All in float32; the teacher's map takes no gradient.
+The lower bound reads both feature maps once (two sums), then reads one and writes its gradient once (one product).
+"plain" is the paper's steps written down one by one. All in float32; the teacher's map takes no gradient.
 """
 import argparse
 import json
@@ -26,8 +26,8 @@ from mmkd_plugin.models.losses import AMDLoss
 
 MAPS = ['256x100x168', '256x50x84', '256x25x42', '256x13x21', '64x100x168', '1024x100x168']
 LARGE = 16 * 2**20  # bytes of one map, from which on the goals hold
-HEADER = ['map', 'arm', 'ms', 'to the floor', 'times faster than plain', 'peak (MiB)', 'goals reached']
-TIMES_FLOOR, TIMES_FASTER = 1.5, 3.0  # the goals: at most, at least
+HEADER = ['map', 'variant', 'ms', 'to the lower bound', 'times faster than plain', 'peak (MiB)', 'goals reached']
+TIMES_LOWER_BOUND, TIMES_FASTER = 1.5, 3.0  # the goals: at most, at least
 
 
 def plain(s_feature: Tensor, t_feature: Tensor, margin: float = 1.35, scale: float = 64.0) -> Tensor:
@@ -44,7 +44,7 @@ def plain(s_feature: Tensor, t_feature: Tensor, margin: float = 1.35, scale: flo
     return sum(F.mse_loss(s, t) for s, t in zip(hats(s_feature), hats(t_feature))) / 3
 
 
-def floor(s_feature: Tensor, t_feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lower_bound(s_feature: Tensor, t_feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         return s_feature.sum(), t_feature.sum(), s_feature * 2
 
@@ -54,7 +54,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--maps', nargs='+', type=shape, default=[shape(text) for text in MAPS], metavar='CxHxW',
                         help=f'feature maps to measure; default {" ".join(MAPS)}')
     parser.add_argument('--batch', type=int, default=2, help='images; default %(default)s')
-    parser.add_argument('--rounds', type=int, default=30, help='rounds, each with every arm once; default %(default)s')
+    parser.add_argument('--rounds', type=int, default=30,
+                        help='rounds, each with every variant once; default %(default)s')
     parser.add_argument('--compile', action='store_true', help='also measure AMD through torch.compile')
     parser.add_argument('--device', default='cpu', help='cpu or cuda; default %(default)s')
     parser.add_argument('--clock', choices=CLOCKS, default='wall', help=CLOCK)
@@ -75,7 +76,7 @@ def shape(text: str) -> tuple[int, int, int]:
 
 
 def measure(size: tuple[int, int, int], args: argparse.Namespace) -> dict:
-    """Returns times, ratios and peak memory of every arm on maps (N, C, H, W) of ``size``."""
+    """Returns times, ratios and peak memory of every variant on maps (N, C, H, W) of ``size``."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(args.batch, *size, generator=generator).relu().to(args.device) for _ in range(2))
     student.requires_grad_()
@@ -86,49 +87,49 @@ def measure(size: tuple[int, int, int], args: argparse.Namespace) -> dict:
     losses = {'amd': AMDLoss(), 'amd scale-free': AMDLoss(scale_free=True)}
     if args.compile:
         losses |= {f'{name}, compiled': torch.compile(loss) for name, loss in losses.items()}
-    calls = {'floor': lambda: floor(student, teacher)}
+    calls = {'lower bound': lambda: lower_bound(student, teacher)}
     calls |= {name: gradient(loss) for name, loss in (*losses.items(), ('plain', plain))}
     seconds = interleave(calls, args.rounds, args.device, args.clock, progress=False)
     large = student.numel() * 4 >= LARGE
-    arms = {}
+    variants = {}
     for name, call in calls.items():
-        arms[name] = arm = dict(seconds=seconds[name], peak_bytes=peak_memory(call, args.device),
-                                to_floor=ratio(seconds[name], seconds['floor']),
-                                faster_than_plain=ratio(seconds['plain'], seconds[name]))
+        variants[name] = found = dict(seconds=seconds[name], peak_bytes=peak_memory(call, args.device),
+                                      to_lower_bound=ratio(seconds[name], seconds['lower bound']),
+                                      faster_than_plain=ratio(seconds['plain'], seconds[name]))
         if large and name.startswith('amd'):
-            arm['reached'] = (arm['to_floor']['high'] <= TIMES_FLOOR
-                              and arm['faster_than_plain']['low'] >= TIMES_FASTER)
-    return dict(shape=[args.batch, *size], map_bytes=student.numel() * 4, arms=arms)
+            found['reached'] = (found['to_lower_bound']['high'] <= TIMES_LOWER_BOUND
+                                and found['faster_than_plain']['low'] >= TIMES_FASTER)
+    return dict(shape=[args.batch, *size], map_bytes=student.numel() * 4, variants=variants)
 
 
-def milliseconds(arm: dict) -> float:
-    return 1e3 * statistics.median(arm['seconds'])
+def milliseconds(variant: dict) -> float:
+    return 1e3 * statistics.median(variant['seconds'])
 
 
 def row(result: dict, name: str) -> list[str]:
-    arm = result['arms'][name]
-    to_floor, faster = arm['to_floor'], arm['faster_than_plain']
+    found = result['variants'][name]
+    to_lower_bound, faster = found['to_lower_bound'], found['faster_than_plain']
     return [
-        ' x '.join(map(str, result['shape'])), name, f'{milliseconds(arm):.2f}',
-        f'{to_floor["ratio"]:.2f} ({to_floor["low"]:.2f} to {to_floor["high"]:.2f})',
-        f'{faster["ratio"]:.2f} ({faster["low"]:.2f} to {faster["high"]:.2f})', f'{arm["peak_bytes"] / 2**20:.1f}',
-        {True: 'yes', False: 'no', None: ''}[arm.get('reached')]]
+        ' x '.join(map(str, result['shape'])), name, f'{milliseconds(found):.2f}',
+        f'{to_lower_bound["ratio"]:.2f} ({to_lower_bound["low"]:.2f} to {to_lower_bound["high"]:.2f})',
+        f'{faster["ratio"]:.2f} ({faster["low"]:.2f} to {faster["high"]:.2f})', f'{found["peak_bytes"] / 2**20:.1f}',
+        {True: 'yes', False: 'no', None: ''}[found.get('reached')]]
 
 
 def table(results: list[dict]) -> str:
-    return markdown(HEADER, [row(result, name) for result in results for name in result['arms']])
+    return markdown(HEADER, [row(result, name) for result in results for name in result['variants']])
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Time and peak memory of every arm against the size of one map."""
+    """Time and peak memory of every variant against the size of one map."""
     from matplotlib import pyplot as plt
     results = sorted(results, key=lambda result: result['map_bytes'])
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     sizes = [result['map_bytes'] / 2**20 for result in results]
-    for name in results[0]['arms']:
-        arms = [result['arms'][name] for result in results]
-        axes[0].loglog(sizes, [milliseconds(arm) for arm in arms], 'o-', label=name)
-        axes[1].loglog(sizes, [max(arm['peak_bytes'], 1) / 2**20 for arm in arms], 'o-', label=name)
+    for name in results[0]['variants']:
+        mine = [result['variants'][name] for result in results]
+        axes[0].loglog(sizes, [milliseconds(found) for found in mine], 'o-', label=name)
+        axes[1].loglog(sizes, [max(found['peak_bytes'], 1) / 2**20 for found in mine], 'o-', label=name)
     for axis, label in zip(axes, ('time, forward and backward (ms)', 'peak memory beyond the maps (MiB)')):
         axis.set(xlabel='size of a feature map (MiB)', ylabel=label)
         axis.grid(alpha=0.3)
@@ -141,8 +142,8 @@ def draw(results: list[dict], path: Path) -> None:
 def main() -> None:
     args = parse_args()
     print(f'Ratios: median and 95% interval over {args.rounds} interleaved rounds. Goals, for maps of at least '
-          f'{LARGE / 2**20:.0f} MiB: at most {TIMES_FLOOR} of the floor and at least {TIMES_FASTER:g} times faster '
-          'than plain.\n')
+          f'{LARGE / 2**20:.0f} MiB: at most {TIMES_LOWER_BOUND} of the lower bound and at least {TIMES_FASTER:g} '
+          'times faster than plain.\n')
     print(markdown(HEADER, []), flush=True)
     results = []
     for size in args.maps:

@@ -9,9 +9,9 @@ from pathlib import Path
 import loss
 import step
 
-STEP = """The floor is the student's own training step and the teacher as far as its neck. Ratios are medians over
+STEP = """The lower bound is the student's own training step and the teacher as far as its neck. Ratios are medians over
 interleaved rounds with their 95% interval; peak memory is that of all tensors, weights and optimiser included."""
-LOSS = """The floor reads both maps once, then reads one and writes its gradient once. Plain is the paper's steps
+LOSS = """The lower bound reads both maps once, then reads one and writes its gradient once. Plain is the paper's steps
 written down one by one. Ratios are medians over interleaved rounds with their 95% interval."""
 
 
@@ -30,10 +30,10 @@ def _step(path: Path, images: Path) -> str:
         title += f' against {step.LABELS[varied]}'
     title += f', torch {found["environment"]["torch"].split("+")[0]}'
     goals = [] if varied else found['goals']  # a sweep shows how cost grows
-    parts = [f'### {title}', _measured(found), step.report(found['arms'], goals, varied)]
+    parts = [f'### {title}', _measured(found), step.report(found['variants'], goals, varied)]
     if varied:
         picture = images / f'results_{path.stem}.png'
-        step.draw(found['arms'], varied, picture)
+        step.draw(found['variants'], varied, picture)
         parts.append(f'![Time and memory against {step.LABELS[varied]}](images/{picture.name})')
     return '\n\n'.join(parts)
 

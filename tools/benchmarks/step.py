@@ -1,8 +1,9 @@
-"""What a training step of distillation costs, against the least that it can cost.
+"""What a training step of distillation costs, as a multiple of the student's own step.
 
-The floor is the student's own step and the teacher as far as its neck. All arms see the same synthetic batch and take
-whole steps: preprocessing, forward, losses, backward, optimiser. Weights are random, the learning rate is that of a
-warm-up's first step. Arms run in turn, in rounds; figures are ratios within a round.
+The lower bound stands beside it: the student's own step and the forward of the teacher's backbone and neck, both as the
+student is trained. All variants see the same synthetic batch and take whole steps: preprocessing, forward, losses,
+backward, optimiser. Weights are random, the learning rate is that of a warm-up's first step. Variants run in turn, in
+rounds; figures are ratios within a round.
 """
 import argparse
 import copy
@@ -40,6 +41,7 @@ from mmkd_plugin.engine.hooks.compile_student_hook import compile_student
 ROOT = Path(__file__).parents[2]
 OURS = {
     'amd': 'AMD, as its config has it',
+    'amd_float32': 'AMD with the teacher in float32',
     'amd_amp': 'AMD by --amp: float16, on a CPU bfloat16',
     'amd_compiled': 'AMD with CompileStudentHook',
     'sokd_search': 'SoKD, while the policy is searched',
@@ -53,31 +55,36 @@ RAZORS = {
     'mgd': 'MMRazor\'s MGD',
     'fbkd': 'MMRazor\'s FBKD on the first 4 maps',
 }
-ARMS = {'floor': 'the student\'s step, and the teacher to its neck', **OURS, **RAZORS}
+REFERENCES = {  # what the others are compared with, and the words for it
+    'student': 'the student\'s own step',
+    'lower_bound': 'the lower bound',
+}
+VARIANTS = {'student': 'the student\'s own step',
+            'lower_bound': 'the student\'s own step, and the teacher to its neck', **OURS, **RAZORS}
 FBKD_LEVELS = [dict(reduction=4, maxpool_stride=8), dict(reduction=4, maxpool_stride=4), {}, {}]  # as MMRazor's config
-SETTINGS = {'size': ARMS, 'layers': OURS, 'sub_policies': ('sokd_search', 'sokd_frozen'),
-            'areas': ('sokd_search', 'sokd_frozen')}  # which arms each option changes
+SETTINGS = {'size': VARIANTS, 'layers': OURS, 'sub_policies': ('sokd_search', 'sokd_frozen'),
+            'areas': ('sokd_search', 'sokd_frozen')}  # which variants each option changes
 LABELS = dict(size='side of the images (pixels)', layers='maps', sub_policies='sub-policies', areas='P')
 MEMORY_STEPS = 3  # SoKD's steps differ by what is drawn; the dearest counts
 BOXES = 7  # an image, as in COCO
 
 
 class Goal(NamedTuple):
-    arm: str
+    variant: str
     below: str
     time: float  # the most that the interval's upper end may be
     memory: float | None  # the most that the ratio of peaks may be
 
 
-GOALS = [Goal('amd', 'floor', 1.03, 1.05), Goal('sokd_search', 'floor', 1.15, 1.20),
-         Goal('sokd_frozen', 'floor', 1.15, 1.20), Goal('sokd_search', 'sokd_frozen', 1.02, None)]
+GOALS = [Goal('amd', 'lower_bound', 1.03, 1.05), Goal('sokd_search', 'lower_bound', 1.15, 1.20),
+         Goal('sokd_frozen', 'lower_bound', 1.15, 1.20), Goal('sokd_search', 'sokd_frozen', 1.02, None)]
 
 
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, and the maps that MMRazor's methods and ``--layers`` read, largest first."""
     title: str
-    configs: dict[str, str]  # of the arms that begin so
+    configs: dict[str, str]  # of the variants that begin so
     base: str
     maps: dict[str, int]  # channels by module
     size: tuple[int, int]
@@ -100,21 +107,21 @@ PAIRS = {
 
 
 class Settings(NamedTuple):
-    """What an arm is measured at; None is what its config says."""
+    """What a variant is measured at; None is what its config says."""
     size: tuple[int, int]
     layers: int | None
     sub_policies: int | None
     areas: int | None
 
 
-class Arm(NamedTuple):
+class Variant(NamedTuple):
     name: str
     settings: Settings
     step: Callable[[], dict[str, Tensor]]
     held: int  # bytes of weights, buffers and optimiser, teacher's included
 
 
-class Floor(BaseModel):
+class LowerBound(BaseModel):
     """The student's own step, and the teacher's backbone and neck without gradient."""
 
     def __init__(self, student: BaseModel, teacher: BaseModel) -> None:
@@ -129,33 +136,36 @@ class Floor(BaseModel):
 
 
 class Workshop:
-    """Builds the arms of one pair; they share a teacher, except the floor, whose teacher nobody wires recorders to."""
+    """Builds the variants of one pair, each on the CPU, as the Runner does, and then moves it."""
 
     def __init__(self, pair: Pair, batch: int, device: str) -> None:
         self.pair, self.batch, self.device = pair, batch, device
         self.base = Config.fromfile(ROOT / pair.base)
         init_default_scope(self.base.default_scope)
-        self.teachers = {is_floor: self._teacher() for is_floor in (True, False)}
+        self.teacher = _random(read_cfg_path(self.base.model.teacher.cfg_path).model).eval().requires_grad_(False)
         self.data: dict[tuple[int, int], dict] = {}
+        torch.zeros(8, 8, device=device) @ torch.zeros(8, 8, device=device)  # workspaces of libraries belong to nobody
 
-    def _teacher(self) -> BaseModel:
-        teacher = _random(read_cfg_path(self.base.model.teacher.cfg_path).model)
-        return teacher.to(self.device).eval().requires_grad_(False)
-
-    def arm(self, name: str, settings: Settings) -> Arm:
+    def variant(self, name: str, settings: Settings) -> Variant:
         torch.manual_seed(0)
         config = self._config(name, settings)
         architecture = config.model.architecture
         if 'data_preprocessor' in config:  # the Runner hands it on
             architecture.setdefault('data_preprocessor', config.data_preprocessor)
-        student, teacher = _random(architecture), self.teachers[name == 'floor']
-        if name == 'floor':
-            model = Floor(student, teacher)
+        allocated = _allocated(self.device)
+        student = _random(architecture)
+        teacher = None if name == 'student' else copy.deepcopy(self.teacher)  # recorders are hooks in it
+        if name == 'student':
+            model = student
+        elif name == 'lower_bound':
+            model = LowerBound(student, teacher)
         elif name in OURS:
             model = MODELS.build(dict(config.model, architecture=student, teacher=teacher, teacher_ckpt=None))
         else:
             model = self._razor(name, student, teacher)
-        model.init_weights()
+        if model is not student:
+            model.init_weights()
+            teacher.to(self.device)
         model.to(self.device).train()
         if name == 'sokd_frozen':
             model.distiller.dafa.freeze()
@@ -172,7 +182,8 @@ class Workshop:
             step()  # the optimiser gets its state
         except RuntimeError as error:  # MMRazor's FBKD pools small maps away
             raise ValueError(f'{name} cannot take a step on images of {settings.size}: {error}') from error
-        return Arm(name, settings, step, _held([model, teacher], optim_wrapper))
+        held = _allocated(self.device) - allocated or _held([model, *([teacher] if teacher else [])], optim_wrapper)
+        return Variant(name, settings, step, held)
 
     def _config(self, name: str, settings: Settings) -> Config:
         if name not in OURS:
@@ -181,14 +192,17 @@ class Workshop:
         distiller = config.model.distiller
         if settings.layers:
             distiller.layers = list(self.pair.maps)[:settings.layers]
+        if name == 'amd_float32':
+            config.model.teacher_precision = 'float32'
         if name == 'sokd_base':
-            distiller.update(dafa=None, dam=None)
-            config.optim_wrapper.pop('constructor'), config.optim_wrapper.pop('policy')
+            distiller.type = 'mmkd_plugin.FeatureDistiller'
+            distiller.pop('dafa', None), distiller.pop('dam', None)
+            config.optim_wrapper.pop('constructor'), config.optim_wrapper.pop('policy', None)
         elif name.startswith('sokd'):
             if settings.sub_policies:
-                distiller.dafa.num_sub_policies = settings.sub_policies
+                distiller.dafa = dict(distiller.get('dafa', {}), num_sub_policies=settings.sub_policies)
             if settings.areas:
-                distiller.dam.num_areas = settings.areas
+                distiller.dam = dict(distiller.get('dam', {}), num_areas=settings.areas)
         return config
 
     def _razor(self, name: str, student: BaseModel, teacher: BaseModel) -> BaseModel:
@@ -253,8 +267,14 @@ def _step(name: str, model: BaseModel, optim_wrapper: OptimWrapper, data: dict) 
     return step
 
 
-def _held(modules: list[nn.Module], optim_wrapper: OptimWrapper) -> int:
-    wrappers = optim_wrapper.optim_wrappers.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+def _allocated(device: str) -> int:
+    """Returns the bytes that all tensors on a GPU take, and 0 on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if torch.device(device).type == 'cuda' else 0
+
+
+def _held(modules: list[nn.Module], optim_wrapper: OptimWrapper | OptimWrapperDict | None = None) -> int:
+    wrappers = (optim_wrapper.optim_wrappers.values() if isinstance(optim_wrapper, OptimWrapperDict) else
+                [optim_wrapper] if optim_wrapper else [])
     state = chain.from_iterable(values.values() for wrapper in wrappers
                                 for values in wrapper.optimizer.state.values())
     tensors = chain(*(chain(module.parameters(), module.buffers()) for module in modules),
@@ -275,14 +295,16 @@ def _classification_batch(batch: int, size: tuple[int, int]) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    arms = '; '.join(f'{name}: {text}' for name, text in ARMS.items())
+    variants = '; '.join(f'{name}: {text}' for name, text in VARIANTS.items())
     parser = argparse.ArgumentParser(
         description=f'{__doc__} {PEAK_MEMORY} To it the weights, buffers and optimiser of student, distiller and '
-                    'teacher are added.', epilog=f'Arms: {arms}.')
+                    'teacher are added.', epilog=f'Variants: {variants}.')
     parser.add_argument('--pair', choices=PAIRS, default='retinanet',
                         help='R101 to R50; or ResNet34 to ResNet18, with SoKD on ReviewKD or on FitNet')
-    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS), help='what to measure beside the floor')
-    parser.add_argument('--rounds', type=int, default=15, help='rounds, each with every arm once; default %(default)s')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS),
+                        help='what to measure beside the student\'s own step and the lower bound; default: all')
+    parser.add_argument('--rounds', type=int, default=15,
+                        help='rounds, each with every variant once; default %(default)s')
     parser.add_argument('--size', nargs='+', type=image_size, metavar='HxW',
                         help='images, such as 800x1333; default 384x384 for retinanet, 224x224 otherwise')
     parser.add_argument('--batch', type=int, help='images a step; default 2 for retinanet, 16 otherwise')
@@ -321,32 +343,38 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def wanted(args: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
-    """What to measure: every arm once, or once a value where the varied option changes it."""
+    """What to measure: every variant once, or once a value where the varied option changes it."""
     values = [getattr(args, option) or [None] for option in SETTINGS]
     plain = Settings(*(value[0] for value in values))
-    for name in ARMS:
-        if name in args.arms or name == 'floor':
+    for name in VARIANTS:
+        if name in args.variants or name in REFERENCES:
             varied = getattr(args, args.varied) if args.varied and name in SETTINGS[args.varied] else [None]
             for value in varied:
                 yield name, plain if value is None else plain._replace(**{args.varied: value})
 
 
-def compare(arms: list[Arm], seconds: dict[int, list[float]], peaks: list[int]) -> tuple[list[dict], list[dict]]:
-    """Returns the figures of every arm, and of every goal that two of the arms speak to."""
-    floors = {arm.settings.size: i for i, arm in enumerate(arms) if arm.name == 'floor'}
+def compare(variants: list[Variant], seconds: dict[int, list[float]],
+            peaks: list[int]) -> tuple[list[dict], list[dict]]:
+    """Returns the figures of every variant, and of every goal that two of the variants speak to."""
+    references = {(variant.name, variant.settings.size): i for i, variant in enumerate(variants)
+                  if variant.name in REFERENCES}
     figures, verdicts = [], []
-    for i, arm in enumerate(arms):
-        below = floors[arm.settings.size]
-        figures.append(dict(arm=arm.name, settings=arm.settings._asdict(), median=statistics.median(seconds[i]),
-                            to_floor=ratio(seconds[i], seconds[below]), peak_bytes=peaks[i],
-                            memory_to_floor=peaks[i] / peaks[below], seconds=seconds[i]))
+    for i, variant in enumerate(variants):
+        figure = dict(variant=variant.name, settings=variant.settings._asdict(), median=statistics.median(seconds[i]),
+                      peak_bytes=peaks[i], seconds=seconds[i])
+        for name in REFERENCES:
+            below = references[name, variant.settings.size]
+            figure[f'to_{name}'] = ratio(seconds[i], seconds[below])
+            figure[f'memory_to_{name}'] = peaks[i] / peaks[below]
+        figures.append(figure)
     for goal in GOALS:
-        for i, arm in enumerate(arms):
-            below = [j for j, other in enumerate(arms) if other.name == goal.below and (
-                other.settings == arm.settings or goal.below == 'floor' and other.settings.size == arm.settings.size)]
-            if arm.name == goal.arm and below:
+        for i, variant in enumerate(variants):
+            below = [j for j, other in enumerate(variants) if other.name == goal.below and (
+                other.settings == variant.settings
+                or goal.below in REFERENCES and other.settings.size == variant.settings.size)]
+            if variant.name == goal.variant and below:
                 time, memory = ratio(seconds[i], seconds[below[0]]), peaks[i] / peaks[below[0]]
-                verdicts.append(dict(goal._asdict(), settings=arm.settings._asdict(), measured=time,
+                verdicts.append(dict(goal._asdict(), settings=variant.settings._asdict(), measured=time,
                                      time_reached=time['high'] <= goal.time, measured_memory=memory,
                                      memory_reached=goal.memory is None or memory <= goal.memory))
     return figures, verdicts
@@ -361,34 +389,45 @@ def report(figures: list[dict], verdicts: list[dict], varied: str | None) -> str
         return f'{r["ratio"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f})'
 
     extra = [varied.replace('_', '-')] if varied else []
-    rows = [[f['arm'], *([at(f)] if varied else []), f'{1e3 * f["median"]:.0f}', interval(f['to_floor']),
-             f'{f["peak_bytes"] / 2**20:.0f}', f'{f["memory_to_floor"]:.3f}'] for f in figures]
-    table = markdown(['arm', *extra, 'ms', 'time to the floor', 'peak (MiB)', 'memory to the floor'], rows)
-    rows = [[v['arm'], v['below'], *([at(v)] if varied else []), interval(v['measured']), f'{v["time"]:.2f}',
-             'reached' if v['time_reached'] else 'MISSED',
+    references = compared_with(figures)
+    header = ['variant', *extra, 'ms', *(f'time to {REFERENCES[name]}' for name in references), 'peak (MiB)',
+              *(f'memory to {REFERENCES[name]}' for name in references)]
+    rows = [[f['variant'], *([at(f)] if varied else []), f'{1e3 * f["median"]:.0f}',
+             *(interval(f[f'to_{name}']) for name in references), f'{f["peak_bytes"] / 2**20:.0f}',
+             *(f'{f[f"memory_to_{name}"]:.3f}' for name in references)] for f in figures]
+    table = markdown(header, rows)
+    rows = [[v['variant'], REFERENCES.get(v['below'], v['below']), *([at(v)] if varied else []),
+             interval(v['measured']), f'{v["time"]:.2f}', 'reached' if v['time_reached'] else 'MISSED',
              *([f'{v["measured_memory"]:.3f}', f'{v["memory"]:.2f}', 'reached' if v['memory_reached'] else 'MISSED']
                if v['memory'] else ['', '', ''])] for v in verdicts]
-    goals = markdown(['arm', 'to', *extra, 'time', 'at most', '', 'memory', 'at most', ''], rows)
+    goals = markdown(['variant', 'to', *extra, 'time', 'at most', '', 'memory', 'at most', ''], rows)
     return f'{table}\n\nGoals, by the upper end of the interval:\n\n{goals}' if rows else table
 
 
+def compared_with(figures: list[dict]) -> list[str]:
+    """Returns the names of the references that all figures have; older results have the lower bound only."""
+    return [name for name in REFERENCES if all(f'to_{name}' in figure for figure in figures)]
+
+
 def draw(figures: list[dict], varied: str, path: Path) -> None:
-    """Time and memory to the floor against the varied option, one line an arm."""
+    """Time and memory against the varied option, one line a variant, as multiples of the first reference there is."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    names = [name for name in SETTINGS[varied] if name != 'floor' and any(f['arm'] == name for f in figures)]
+    below = compared_with(figures)[0]
+    names = [name for name in SETTINGS[varied]
+             if name not in REFERENCES and any(f['variant'] == name for f in figures)]
     for name in names:
-        mine = [f for f in figures if f['arm'] == name]
+        mine = [f for f in figures if f['variant'] == name]
         values = [f['settings'][varied] for f in mine]
         if varied == 'size':
             values = [(height * width)**0.5 for height, width in values]
-        ratios = [f['to_floor'] for f in mine]
+        ratios = [f[f'to_{below}'] for f in mine]
         line, = axes[0].plot(values, [r['ratio'] for r in ratios], 'o-', label=name)
         axes[0].fill_between(values, [r['low'] for r in ratios], [r['high'] for r in ratios],
                              color=line.get_color(), alpha=0.2)
-        axes[1].plot(values, [f['memory_to_floor'] for f in mine], 'o-', label=name)
-    for axis, label in zip(axes, ('time to the floor', 'peak memory to the floor')):
-        axis.set(xlabel=LABELS[varied], ylabel=label)
+        axes[1].plot(values, [f[f'memory_to_{below}'] for f in mine], 'o-', label=name)
+    for axis, label in zip(axes, ('time', 'peak memory')):
+        axis.set(xlabel=LABELS[varied], ylabel=f'{label} to {REFERENCES[below]}')
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
@@ -401,12 +440,12 @@ def main() -> None:
     MMLogger.get_current_instance().setLevel('ERROR')  # how weights are initialised is no news
     workshop = Workshop(args.pair, args.batch, args.device)
     try:
-        arms = [workshop.arm(*each) for each in wanted(args)]
+        variants = [workshop.variant(*each) for each in wanted(args)]
     except ValueError as error:
         sys.exit(f'step: {error}')
-    seconds = interleave({i: arm.step for i, arm in enumerate(arms)}, args.rounds, args.device, args.clock)
-    peaks = [arm.held + max(peak_memory(arm.step, args.device) for _ in range(MEMORY_STEPS)) for arm in arms]
-    figures, verdicts = compare(arms, seconds, peaks)
+    seconds = interleave({i: each.step for i, each in enumerate(variants)}, args.rounds, args.device, args.clock)
+    peaks = [each.held + max(peak_memory(each.step, args.device) for _ in range(MEMORY_STEPS)) for each in variants]
+    figures, verdicts = compare(variants, seconds, peaks)
     where = environment(args.device)
     print(f'{args.batch} images a step, {args.rounds} rounds; {args.clock} clock, median and 95% interval; '
           f'{", ".join(f"{key} {value}" for key, value in where.items())}\n')
@@ -414,7 +453,8 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         found = dict(title=args.pair.title, command=command(), environment=where, batch=args.batch, clock=args.clock,
-                     rounds=args.rounds, varied=args.varied, arms=figures, goals=verdicts)
+                     rounds=args.rounds, varied=args.varied, teacher_bytes=_held([workshop.teacher]),
+                     variants=figures, goals=verdicts)
         args.out.write_text(json.dumps(found, indent=1))
     if args.plot:
         draw(figures, args.varied, args.plot)

@@ -20,7 +20,6 @@ FITNET = dict(
         s_feature=dict(recorder='neck', from_student=True, data_idx=0, connector='adapter'),
         t_feature=dict(recorder='neck', from_student=False, data_idx=0))))
 OTHER = dict(pad_size_divisor=64, mean=[100., 110., 120.], std=[1., 2., 3.], bgr_to_rgb=False)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def test_a_deterministic_run_takes_our_backward_passes(build):
         torch.use_deterministic_algorithms(False)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('precision', ['auto', 'float32', 'bfloat16', 'float16'])
 def test_on_a_gpu_nothing_waits(build, precision):
     """Of our part of a step: the teacher, the records, the losses and the log."""
@@ -114,7 +113,7 @@ def test_on_a_gpu_nothing_waits(build, precision):
     assert step.finite() and all(torch.as_tensor(value).isfinite() for value in log.values())
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_the_default_is_half_and_close(build):
     model = join(build, retinanet(8), retinanet(8), AMD).cuda()
     data = model.data_preprocessor(detection_batch(), True)
@@ -127,7 +126,7 @@ def test_on_a_gpu_the_default_is_half_and_close(build):
         assert x.dtype == torch.float32 and x.is_contiguous() and 0 < (x - y).norm() < 0.01 * y.norm()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_the_students_random_stream_is_its_own(build):
     torch.cuda.manual_seed(3)
     expected = torch.rand(2, device='cuda')
@@ -137,7 +136,7 @@ def test_on_a_gpu_the_students_random_stream_is_its_own(build):
     assert torch.equal(torch.rand(2, device='cuda'), expected)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_they_are_joined_wherever_they_are(build):
     from mmkd_plugin.models.algorithms import TeacherStudentDistill
     for devices in (('cpu', 'cuda'), ('cuda', 'cpu'), ('cuda', 'cuda')):

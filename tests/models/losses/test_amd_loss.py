@@ -263,7 +263,7 @@ def test_float32_under_autocast():
         assert value.item() == pytest.approx(loss(student.double(), other.double()).item(), rel=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
 def test_gpu_agrees_with_cpu(dtype):
     student, teacher = noise((28, 28), dtype)
@@ -274,7 +274,7 @@ def test_gpu_agrees_with_cpu(dtype):
     assert (gradient_gpu.cpu() - gradient).norm() < 1e-2 * gradient.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 def test_a_step_on_a_gpu_is_deterministic_and_waits_for_nothing():
     students, teachers = zip(*([x.cuda() for x in noise(size, torch.float32)] for size in PYRAMID))
     students = [x.requires_grad_() for x in students]
