@@ -300,8 +300,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 ("loss_weight 'auto'", bool(getattr(self.distiller, 'autos', None))),
                 ("base 'crosskd'", getattr(self.distiller, 'crosskd', None) is not None)):
             if reads:
-                raise ValueError(f'calculate_student_loss: {field} reads the task\'s loss, got False. Set it to True, or '
-                                 'choose another')
+                raise ValueError(f"calculate_student_loss: {field} reads the task's loss, got False. Set it to True, "
+                                 'or choose another')
         frozen = self._unlabelled.freeze_unreached(self.student)
         if frozen:
             print_log(f'calculate_student_loss=False: {len(frozen)} parameters that no distillation loss reaches are '
