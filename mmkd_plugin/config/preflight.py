@@ -29,6 +29,9 @@ def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = 
     evaluators = ('val_evaluator', ) if training else ('test_evaluator', )
     found = [sentence for name in loaders if cfg.get(name)
              for sentence in _missing_data(cfg[name].get('dataset', {}), f'{name}.dataset')]
+    unlabelled = (cfg.get('train_cfg') or {}).get('unlabelled_dataloader')
+    if training and unlabelled:
+        found += _missing_data(unlabelled.get('dataset', {}), 'train_cfg.unlabelled_dataloader.dataset')
     for name in evaluators:
         metrics = cfg.get(name) or []
         for metric in metrics if isinstance(metrics, list) else [metrics]:

@@ -45,6 +45,9 @@ def plain_config(cfg: Config) -> Config:
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', []) if not _is_ours(hook)]
     if _is_ours(cfg.get('val_cfg')):
         cfg.val_cfg.pop('type')
+    if _is_ours(cfg.get('train_cfg')):
+        cfg.train_cfg.type = cfg.train_cfg.type.removeprefix('mmkd_plugin.Unlabelled')  # whose arguments ours has
+        cfg.train_cfg.pop('unlabelled_dataloader', None)
     for name, hook in list(cfg.get('default_hooks', {}).items()):
         if _is_ours(hook):
             if name == 'checkpoint':

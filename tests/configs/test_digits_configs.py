@@ -39,6 +39,9 @@ def load(path, data, teacher, work_dir):
                                                                                               'test_evaluator')})
     options.update({'work_dir': str(work_dir), 'train_cfg.max_epochs': 1, 'default_hooks.checkpoint.interval': 1,
                     'train_dataloader.dataset.indices': 8})
+    if 'unlabelled_dataloader' in cfg.train_cfg:
+        dataset = 'train_cfg.unlabelled_dataloader.dataset'
+        options.update({f'{dataset}.data_root': f'{data}/', f'{dataset}.indices': -4})
     if 'teacher_ckpt' in cfg.model:
         options['model.teacher_ckpt'] = str(teacher)
     cfg.merge_from_dict(options)
@@ -56,7 +59,7 @@ def test_trains_and_exports(path, data, teacher, tmp_path):
     runner.train()
     logged = {key: buffer.data[0][-1] for key, buffer in runner.message_hub.log_scalars.items() if 'loss' in key}
     assert all(torch.isfinite(torch.as_tensor(value)) for value in logged.values())
-    distilled = {key: value for key, value in logged.items() if 'distill' in key}
+    distilled = {key: value for key, value in logged.items() if 'distill' in key or 'unlabelled' in key}
     assert all(value > 0 for value in distilled.values()), distilled
     assert bool(distilled) == ('distiller' in cfg.model and cfg.model.distiller.type.startswith('mmkd_plugin'))
     export_student(cfg, str(tmp_path / 'epoch_1.pth'), str(tmp_path / 'student.pth'))

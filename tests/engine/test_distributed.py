@@ -11,6 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmkd_plugin.engine import NonFiniteLossHook
+from mmkd_plugin.models.algorithms.second_batch import WithUnlabelled
 from mmkd_plugin.models.refiners import DAFA
 
 SOKD = dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
@@ -63,12 +64,12 @@ def train(rank, distiller):
     assert gather(model.distiller.dafa.num_draws) == [7, 7]
 
 
-def equals_one_process(rank, distiller):
+def equals_one_process(rank, distiller, unlabelled=False):
     """Two processes with half a batch each end with the weights of one with the whole, as far as floats add up alike.
 
     Student and adapter have batch norm in eval mode, for that alone knows of the other samples.
     """
-    ends, whole = [], classification_batch(samples=4)
+    ends, whole, others = [], classification_batch(samples=4), classification_batch(samples=4)
     for parts in (1, 2):
         torch.manual_seed(0)
         student = classifier(8)
@@ -84,7 +85,9 @@ def equals_one_process(rank, distiller):
         runs = MMDistributedDataParallel(model, broadcast_buffers=False) if parts == 2 else model
         mine = slice(2 * rank, 2 * rank + 2) if parts == 2 else slice(None)
         for _ in range(3):
-            runs.train_step({key: value[mine] for key, value in whole.items()}, wrapper)
+            first, second = ({key: value[mine] for key, value in batch.items()} for batch in (whole, others))
+            log = runs.train_step(WithUnlabelled(first, second) if unlabelled else first, wrapper)
+            assert any(name.startswith('unlabelled.loss') for name in log) is unlabelled
         assert (model.student.head.fc.weight - start).abs().max() > 1e-4
         ends.append(model.state_dict())
     for name, value in ends[0].items():
@@ -158,9 +161,9 @@ def work(rank, port):
     all_stop_when_one_has_no_number(rank)
     policies_search_alike(rank)
     init_default_scope('mmpretrain')
-    for distiller in (AMD, DAM):
+    for distiller, unlabelled in ((AMD, False), (DAM, False), (DAM, True)):
         torch.manual_seed(0)
-        equals_one_process(rank, distiller)
+        equals_one_process(rank, distiller, unlabelled)
     dist.destroy_process_group()
 
 

@@ -53,7 +53,8 @@ class ReseedHook(Hook):
         if hasattr(runner.train_loop, 'dataloader_iterator'):
             return  # has started its workers, once for all
         for loader in {id(loader): loader for loader in (
-                runner.train_loop.dataloader, getattr(runner.train_loop, 'mutator_dataloader', None))}.values():
+                getattr(runner.train_loop, name, None)
+                for name in ('dataloader', 'mutator_dataloader', 'unlabelled_dataloader'))}.values():
             if isinstance(loader, DataLoader) and loader.num_workers:
                 loader.worker_init_fn = partial(start_worker, original=_original(loader.worker_init_fn),
                                                 entropy=(runner.seed, runner.epoch, get_rank()))

@@ -30,17 +30,29 @@ def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Mo
         ValueError: a layer does not run, strides differ, a loss or connector
             cannot take what is recorded for it, or logits are of different classes.
     """
-    calls: dict[bool, dict[str, int]] = {True: {}, False: {}}
-    for record in (record for inputs in distiller.loss_forward_mappings.values() for record in inputs.values()):
-        counts, name = calls[record['from_student']], record['recorder']
-        counts[name] = max(counts.get(name, 1), record.get('record_idx', 0) + 1)
-    record_dummy_input(student, distiller.student_recorders, calls[True])
-    record_dummy_input(teacher, distiller.teacher_recorders, calls[False])
+    calls = read_calls(distiller, False)
+    record_dummy_input(student, distiller.student_recorders, read_calls(distiller, True))
+    record_dummy_input(teacher, distiller.teacher_recorders, calls)
     _check_classes(distiller, student, teacher)
     alignment = _alignment(distiller, student, teacher, resized)
     alignment()
     _try_losses(distiller)
-    return calls[False], alignment
+    return calls, alignment
+
+
+def read_calls(distiller: ConfigurableDistiller, from_student: bool) -> dict[str, int]:
+    """Returns how many calls of a recorder's source the losses read, by the recorder's name."""
+    counts: dict[str, int] = {}
+    for record in (record for inputs in distiller.loss_forward_mappings.values() for record in inputs.values()):
+        if record['from_student'] is from_student:
+            counts[record['recorder']] = max(counts.get(record['recorder'], 1), record.get('record_idx', 0) + 1)
+    return counts
+
+
+def losses_without_labels(distiller: ConfigurableDistiller) -> list[str]:
+    """Returns the losses of which a dummy input, which must be recorded, shows all that they read."""
+    return [loss for loss, inputs in distiller.loss_forward_mappings.items()
+            if all(_is_recorded(distiller, record) for record in inputs.values())]
 
 
 @torch.no_grad()
@@ -85,9 +97,8 @@ def _try_losses(distiller: ConfigurableDistiller) -> None:
     training = distiller.training
     distiller.eval()  # running statistics of connectors are not for dummy inputs
     try:
-        for loss, inputs in distiller.loss_forward_mappings.items():
-            if all(_is_recorded(distiller, record) for record in inputs.values()):
-                _try_loss(distiller, loss, inputs)
+        for loss in losses_without_labels(distiller):
+            _try_loss(distiller, loss, distiller.loss_forward_mappings[loss])
     finally:
         distiller.train(training)
 

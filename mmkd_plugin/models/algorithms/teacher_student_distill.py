@@ -30,13 +30,14 @@ from ..recording import (
 )
 from .dry_run import dry_run, try_odd_size
 from .follow_conversion import FollowConversion
-from .held_out_search import set_search_batch_aside, take_search_batch
 from .inherit import check_inherit, inherit_modules
 from .loss_log import ZeroWatch
 from .loss_schedule import build_schedules
+from .second_batch import set_second_batch_aside, take_second_batch
 from .student_parts import StudentParts
 from .teacher_inputs import TeacherInputs
 from .teacher_precision import TeacherPrecision, check_precision
+from .unlabelled import UnlabelledPart
 
 
 @MODELS.register_module()
@@ -74,6 +75,9 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         trust_checkpoint: whether weights files may run code when they are loaded: these two, and whatever both
             models read when they are built and initialised. By default they are read as data, and one that asks
             for more is refused.
+        calculate_student_loss: whether the student learns its task, too. Otherwise it learns from the teacher alone:
+            it runs no further than its recorders read, without labels, and parameters that nothing recorded depends on
+            are frozen.
         teacher_precision: ``'auto'`` is float16 on a GPU (under ``--amp`` its dtype), bfloat16 on a CPU with
             instructions for it, else float32; or ``'float32'``, ``'bfloat16'`` or ``'float16'``. See
             :class:`.TeacherPrecision`.
@@ -99,6 +103,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                  inherit: Sequence[str] = (),
                  allow_random_teacher: bool = False,
                  trust_checkpoint: bool = False,
+                 calculate_student_loss: bool = True,
                  teacher_precision: str = 'auto',
                  teacher_input_size: int | Sequence[int] | None = None,
                  input_size: int | Sequence[int] | None = None,
@@ -144,7 +149,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
                 with DefaultScope.overwrite_default_scope('mmrazor'):
                     super().__init__(architecture=architecture, teacher=teacher, distiller=distiller,
-                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg,
+                                     calculate_student_loss=calculate_student_loss)
             except UnknownLayerError as error:
                 raise ValueError(error.of_pair(architecture, teacher)) from error
             except AssertionError as error:  # how MMRazor answers a wrong distiller
@@ -159,6 +165,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 teacher_input_size)
             self.__dict__['_teacher_forward'] = TeacherPrecision(
                 self._wire_teacher(bool(teacher_input_size)), teacher_precision)
+            if not calculate_student_loss:
+                self._leave_out_the_task()
             if input_size is None:
                 try_odd_size(self.distiller, self.student, self._teacher_forward.forward, self.teacher_batch,
                              self._alignment)
@@ -179,7 +187,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
         self._zero_watch = ZeroWatch()
         self._reported = False  # whether the log has the gradients of the first iteration
-        self.data_preprocessor.register_forward_pre_hook(set_search_batch_aside)
+        self.data_preprocessor.register_forward_pre_hook(set_second_batch_aside)
         self.register_load_state_dict_post_hook(_after_load)
         self.__dict__['_random_teacher'] = random_teacher
         self.__dict__['_preprocessor_of_teacher'] = id(teacher.data_preprocessor)
@@ -237,21 +245,41 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         inherit_modules(self.inherit, self.student, self.teacher)
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
-        """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses."""
-        search_batch = take_search_batch(self.data_preprocessor)
+        """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses.
+
+        A train loop with unlabelled images gives a second batch, and then there is ``unlabelled.*``: the distillation
+        losses of that batch, but for those that read labels. Batch norm normalises each of the two batches by its own
+        statistics, and its running statistics follow both, the unlabelled one last.
+        """
+        search_batch, unlabelled = take_second_batch(self.data_preprocessor)
         distilling, expected_zero = not self.distillation_stopped, set()
         if distilling:
             self.distiller.set_deliveries_override(False)
             self._record_teacher(batch_inputs, data_samples)
         self.distiller.set_deliveries_override(True)
-        with self.distiller.student_recorders, self.distiller.deliveries if distilling else nullcontext():
-            losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
+        losses = {}
+        if self.calculate_student_loss:
+            with self.distiller.student_recorders, self.distiller.deliveries if distilling else nullcontext():
+                losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
+        elif distilling:
+            self._unlabelled.record(self.student, batch_inputs, data_samples)
+        else:
+            raise ValueError('calculate_student_loss: False leaves nothing to learn once the distillation is stopped. '
+                             'Set it to True, or take the hook that stops the distillation out')
         if distilling:
             self.align_records()
             if hasattr(self.distiller, 'prepare_batch'):
                 self.distiller.prepare_batch(batch_inputs, data_samples)
-            distilled, expected_zero = self._distill_losses(losses, search_batch)
-            losses.update(add_prefix(distilled, 'distill'))
+            distilled = self._distill_losses(search_batch)
+            if self.training and self.calculate_student_loss:
+                self._compare_gradients(losses, distilled)
+            distilled, expected_zero = self._weighed(distilled, 'distill')
+            losses.update(distilled)
+            if unlabelled is not None:
+                self._forget_records()
+                distilled, more = self._weighed(self._unlabelled_losses(unlabelled), 'unlabelled')
+                losses.update(distilled)
+                expected_zero |= more
         elif any(parameter.requires_grad for parameter in self.distiller.parameters()):
             losses['loss_unused'] = exact_zero(self.distiller)  # DistributedDataParallel misses no gradient
             expected_zero = {'loss_unused'}
@@ -259,6 +287,25 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         if self.training:
             self._zero_watch(losses, expected_zero)
         return losses
+
+    def _leave_out_the_task(self) -> None:
+        """Prepares for training by the distillation alone, or raises ``ValueError``."""
+        if self.distiller.deliveries.deliveries or self._unlabelled.skipped:
+            raise ValueError('calculate_student_loss: without its task the student runs no loss and sees no labels, '
+                             f'but {", ".join(self._unlabelled.skipped) or "distill_deliveries"} read(s) them. Set it '
+                             'to True, or record layers that run in the forward')
+        for field, reads in (
+                ("dafa.objective 'agreement'", getattr(getattr(self.distiller, 'dafa', None), 'objective', None) ==
+                 'agreement'),
+                ("loss_weight 'auto'", bool(getattr(self.distiller, 'autos', None))),
+                ("base 'crosskd'", getattr(self.distiller, 'crosskd', None) is not None)):
+            if reads:
+                raise ValueError(f"calculate_student_loss: {field} reads the task's loss, got False. Set it to True, "
+                                 'or choose another')
+        frozen = self._unlabelled.freeze_unreached(self.student)
+        if frozen:
+            print_log(f'calculate_student_loss=False: {len(frozen)} parameters that no distillation loss reaches are '
+                      f'frozen: {", ".join(frozen[:5])}{", ..." if len(frozen) > 5 else ""}', logger='current')
 
     def _record_teacher(self, batch_inputs: Tensor, data_samples: list | None) -> None:
         with torch.no_grad(), self.distiller.deliveries:
@@ -287,38 +334,54 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         if hasattr(self.distiller, 'forget'):
             self.distiller.forget()
 
-    def _distill_losses(self, task_losses: dict[str, Tensor],
-                        search_batch: dict | None) -> tuple[dict[str, Tensor], set[str]]:
-        """Returns the losses, and the full names of those whose weight is zero."""
+    def _distill_losses(self, search_batch: dict | None) -> dict[str, Tensor]:
         policy = getattr(self.distiller, 'dafa', None)
         if search_batch is None or policy is not None and policy.frozen:
-            losses = self.distiller.compute_distill_losses()
-        elif policy is None:
+            return self.distiller.compute_distill_losses()
+        if policy is None:
             raise ValueError('The train loop gives a second batch, to search a policy with, but the distiller, '
                              f'{type(self.distiller).__name__}, has none: use a plain train loop')
-        elif self.distiller.deliveries.deliveries:
+        if self.distiller.deliveries.deliveries:
             raise ValueError('distill_deliveries hand on what belongs to the first of the two batches that the train '
                              'loop gives: search the policy with a plain train loop, or take them out')
-        else:
-            losses = self.distiller.compute_distill_losses(search=False)
-            losses['loss_aug'] = self._held_out_policy_loss(search_batch)
-        if self.training and not self._reported and hasattr(self.distiller, 'gradient_report'):
+        losses = self.distiller.compute_distill_losses(search=False)
+        losses['loss_aug'] = self._held_out_policy_loss(search_batch)
+        return losses
+
+    def _compare_gradients(self, task_losses: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
+        """Lets the distiller compare the gradients of its losses with the task's: for the log, once, or for itself."""
+        if not self._reported and hasattr(self.distiller, 'gradient_report'):
             self._reported = True
             report = self.distiller.gradient_report(self.parse_losses(task_losses)[0], losses)
             if report:
                 print_log("Gradients at the distilled layers in the first iteration, relative to the task's: "
                           f'{report}. A part that is a hundred times the task leaves it little of a clipped gradient.',
                           logger='current')
-        if self.training and getattr(self.distiller, 'measuring', False):
+        if getattr(self.distiller, 'measuring', False):
             self.distiller.measure(self.parse_losses(task_losses)[0], losses)
+
+    def _weighed(self, losses: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], set[str]]:
+        """Returns the losses with their schedules' factors under full names, and the names of those of weight zero."""
         weight_of = getattr(self.distiller, 'weight_of', lambda name: getattr(
             self.distiller.distill_losses[name], 'loss_weight', 1.0))
-        expected_zero = {f'distill.{name}' for name in losses if not weight_of(name)}
-        for name, schedules in self._schedules.items():
-            for factor in [schedule() for schedule in schedules]:
+        expected_zero = {f'{prefix}.{name}' for name in losses if not weight_of(name)}
+        for name in losses.keys() & self._schedules.keys():
+            for factor in [schedule() for schedule in self._schedules[name]]:
                 losses[name] = losses[name] * factor
-                expected_zero.update([] if factor else [f'distill.{name}'])
-        return losses, expected_zero
+                expected_zero.update([] if factor else [f'{prefix}.{name}'])
+        return add_prefix(losses, prefix), expected_zero
+
+    def check_unlabelled(self) -> None:
+        """Raises ``ValueError`` if unlabelled images teach nothing; warns of losses that skip them."""
+        self._unlabelled.check(self.distiller, self._teacher_forward.forward)
+
+    def _unlabelled_losses(self, batch: dict) -> dict[str, Tensor]:
+        data = self.data_preprocessor(batch, False)  # not for training: no mixup, no masks, nothing that reads labels
+        inputs, data_samples = data['inputs'], data.get('data_samples')
+        self._record_teacher(inputs, data_samples)
+        self._unlabelled.record(self.student, inputs, data_samples)
+        self.align_records()
+        return self._unlabelled.compute(self.distiller)
 
     def _held_out_policy_loss(self, search_batch: dict) -> Tensor:
         """The policy's loss on a batch of its own, which leaves no trace in the student."""
@@ -338,6 +401,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     def _wire_teacher(self, resized: bool) -> PartialForward:
         """Returns the part of the teacher that the losses read, after trying them."""
         calls, self.__dict__['_alignment'] = dry_run(self.distiller, self.student, self.teacher, resized)
+        self.__dict__['_unlabelled'] = UnlabelledPart(self.distiller, self.student)
         forward = PartialForward(self.teacher, self.distiller.teacher_recorders, calls)
         if forward.silent() or self.distiller.deliveries.deliveries:  # both may only come about in the loss
             forward.mode = 'loss'

@@ -329,6 +329,15 @@ class FeatureDistiller(ConfigurableDistiller):
         if self.crosskd is not None:
             self.crosskd.reset()
 
+    def compute_unlabelled_losses(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Returns the weighted losses of what is recorded of images without labels.
+
+        Args:
+            names: those of ``loss_forward_mappings`` that read no labels.
+        """
+        with self.step():
+            return self.losses_of(names)
+
     def losses_of(self, names: Collection[str]) -> dict[str, Tensor]:
         """Returns these losses, weighted."""
         def inputs_of(name: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """SoKD around a distiller of feature maps."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -160,11 +160,10 @@ class SoKDDistiller(FeatureDistiller):
         """Returns the losses of what is recorded; without ``loss_aug`` unless ``search``."""
         with self.step():
             t_maps = {layer: self.maps(layer, False) for layer in self.layers}
-            if self.dafa is not None:
-                refined = iter(self.dafa([x for maps in t_maps.values() for x in maps]))  # one draw for all
-                self._given.update({(layer, False): [next(refined) for _ in maps] for layer, maps in t_maps.items()})
-                if self.dafa.objective == 'agreement' and self.dafa.training and self.dafa.searching:
-                    self._watch_gradients(t_maps)
+            self._refine(t_maps)
+            if self.dafa is not None and self.dafa.objective == 'agreement' and self.dafa.training and (
+                    self.dafa.searching):
+                self._watch_gradients(t_maps)
             losses = super().compute_distill_losses()
             adapted = self._adapted()
             losses.update(self._dam_losses(adapted, t_maps))
@@ -172,6 +171,27 @@ class SoKDDistiller(FeatureDistiller):
             if search and self.dafa is not None and self.dafa.training:
                 losses['loss_aug'] = self._policy_loss(t_maps, adapted)
         return losses
+
+    def compute_unlabelled_losses(self, names: Collection[str]) -> dict[str, Tensor]:
+        """As :class:`FeatureDistiller`'s, of the refined teacher, and DAM's without its anchor.
+
+        The policy and ``Phi`` learn from labelled images alone.
+        """
+        with self.step():
+            self._refine({layer: self.maps(layer, False) for layer in self.layers})
+            losses = self.losses_of(names)
+            adapted = self._adapted() if self.dams else {}
+            for layer in adapted:
+                name = layer.replace('.', '_')
+                parts = self.dams[name].compare(adapted[layer], self.features(layer, False))
+                losses.update({part + self._suffix(name): loss for part, loss in parts.items()})
+        return losses
+
+    def _refine(self, t_maps: dict[str, list[Tensor]]) -> None:
+        """Puts the refined teacher in place of the recorded one, until the step ends."""
+        if self.dafa is not None:
+            refined = iter(self.dafa([x for maps in t_maps.values() for x in maps]))  # one draw for all
+            self._given.update({(layer, False): [next(refined) for _ in maps] for layer, maps in t_maps.items()})
 
     def _dam_losses(self, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         losses, (boxes, shape) = {}, self._image or (None, None)

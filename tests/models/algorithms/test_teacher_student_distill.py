@@ -368,3 +368,31 @@ def test_a_stopped_distillation_does_not_run_the_teacher(build):
     called = calls_of(model.teacher, ['backbone'])
     assert not any('distill' in key for key in losses_of(model, detection_batch()))
     assert not called
+
+
+def test_without_its_task_the_student_learns_from_the_teacher_alone(build):
+    model, whole = (build(distill(calculate_student_loss=value)).train() for value in (False, True))
+    ran = []
+    model.student.bbox_head.register_forward_hook(lambda *_: ran.append('head'))
+    losses, expected = (losses_of(each, detection_batch()) for each in (model, whole))
+    assert losses == {name: value for name, value in expected.items() if name.startswith('distill.')} and not ran
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    for name, parameter in model.student.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == (not name.startswith('bbox_head')), name
+    assert all(parameter.requires_grad for parameter in whole.student.bbox_head.parameters())
+
+
+def test_what_needs_the_task_is_refused_without_it(build):
+    inside = copy.deepcopy(LOGITS)
+    for side in ('student', 'teacher'):
+        inside[f'{side}_recorders']['logits']['source'] = 'head.loss_module'
+    with pytest.raises(ValueError, match='^calculate_student_loss: .*loss_kd'):
+        build(distill(architecture=classifier(8), teacher=classifier(16), distiller=inside,
+                      calculate_student_loss=False), 'mmpretrain')
+    with pytest.raises(ValueError, match="^calculate_student_loss: dafa.objective 'agreement'"):
+        build(distill(calculate_student_loss=False, distiller=dict(
+            type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(objective='agreement'))))
+    model = build(distill(calculate_student_loss=False))
+    model.distillation_stopped = True
+    with pytest.raises(ValueError, match='^calculate_student_loss: False leaves nothing'):
+        losses_of(model, detection_batch())

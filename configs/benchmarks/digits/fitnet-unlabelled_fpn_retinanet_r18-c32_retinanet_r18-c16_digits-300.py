@@ -1,0 +1,18 @@
+# FitNet with the other 1,300 training images beside the 300, without their labels: 8 of each in a step.
+_base_ = './fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
+
+train_cfg = dict(
+    type='mmkd_plugin.UnlabelledEpochBasedTrainLoop',
+    unlabelled_dataloader=dict(
+        batch_size=8,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        dataset=dict(
+            type='CocoDataset',
+            data_root=_base_.data_root,
+            metainfo=_base_.metainfo,
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train/'),
+            indices=-1300,
+            filter_cfg=dict(filter_empty_gt=False),
+            pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])))

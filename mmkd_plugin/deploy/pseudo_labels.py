@@ -1,0 +1,177 @@
+"""Labels that a teacher gives to images without any."""
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
+
+from ..checkpoints.reading import load_completely
+from ..config.cfg_path import build_model
+from ..config.preflight import missing_inputs
+from .sample_batch import as_tested
+from .student import plain_config
+
+ENDINGS = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+IOU = 0.5  # from which on a detection counts as right
+
+Track = Callable[[Sequence], Iterable]
+
+
+def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> nn.Module:
+    """Returns the teacher of a distillation, or the model of a plain config, with these weights, in eval mode.
+
+    A teacher without a preprocessor of its own gets the student's.
+    """
+    plain = plain_config(cfg)
+    model = cfg.model.teacher if 'architecture' in cfg.model else cfg.model
+    if not model.get('cfg_path'):
+        model = dict(model)
+        preprocessor = plain.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+        if preprocessor:
+            model.setdefault('data_preprocessor', preprocessor)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    teacher = build_model('model', model, trust_checkpoint)
+    load_completely(teacher, checkpoint, 'TEACHER_CKPT', trust_checkpoint)
+    return teacher.eval()
+
+
+def images_in(folder: str | Path) -> list[Path]:
+    """Returns the images under a folder, sorted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in ENDINGS)
+    if not found:
+        raise ValueError(f'IMAGES: no image, got the folder {str(folder)!r}, expected files that end with '
+                         f'{", ".join(ENDINGS)}. Give another folder')
+    return found
+
+
+@torch.no_grad()
+def predict(model: nn.Module, plain: Config, path: Path) -> tuple[Any, tuple[int, int]]:
+    """Returns what a model says of an image file, as its library packs it, and the image's height and width.
+
+    The image gets there as in the test of the plain config.
+
+    Raises:
+        ValueError: the file is no image.
+    """
+    image = cv2.imread(str(path))
+    if image is None:
+        raise ValueError(f'IMAGES: {str(path)!r} cannot be read as an image. Take it out')
+    return model.test_step(pseudo_collate([as_tested(plain, image, str(path))]))[0], image.shape[:2]
+
+
+def best_threshold(scores: np.ndarray, hits: np.ndarray, wanted: int) -> tuple[float, float]:
+    """Returns the threshold of the largest F1, and that F1.
+
+    With TP right ones among the n whose score is at least the threshold, F1 is ``2 TP / (n + wanted)``.
+
+    Args:
+        scores: (n, ).
+        hits: (n, ), whether each is right.
+        wanted: how many right ones there could be.
+
+    Raises:
+        ValueError: none is right.
+    """
+    order = np.argsort(-scores, kind='stable')
+    scores, right = scores[order], np.cumsum(hits[order])
+    f1 = 2 * right / (np.arange(1, len(scores) + 1) + wanted)
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold takes all of a score
+    if not f1.any():
+        raise ValueError('--score-thr: auto finds nothing right in what the teacher says of the validation images. '
+                         'Check the weights and the config, or give a number')
+    best = int(f1.argmax())
+    return float(scores[best]), float(f1[best])
+
+
+def validation_threshold(model: nn.Module, plain: Config, track: Track) -> tuple[float, float]:
+    """Returns the threshold of the largest F1 on the validation set of a config, and that F1.
+
+    Of a detector, a detection is right if it matches an object of its class, not taken by a better one, at an IoU of
+    :data:`IOU`; of a classifier, a class is right if it is the image's.
+
+    Raises:
+        ValueError: the data are not here, or nothing is right.
+    """
+    missing = missing_inputs(Config(dict(test_dataloader=plain.val_dataloader,
+                                         default_scope=plain.get('default_scope'))), training=False)
+    if missing:
+        raise ValueError('--score-thr auto: ' + '\n'.join(missing))
+    dataset = DATASETS.build(plain.val_dataloader.dataset)
+    scores, hits, wanted = [], [], 0
+    for index in track(range(len(dataset))):
+        truth = dataset.get_data_info(index)
+        with torch.no_grad():
+            sample = model.test_step(pseudo_collate([dataset[index]]))[0]
+        if 'pred_instances' in sample:
+            found, right, objects = _detections(sample.pred_instances, truth['instances'])
+        else:
+            found, right, objects = [float(sample.pred_score.max())], [int(sample.pred_label) == truth['gt_label']], 1
+        scores.extend(found)
+        hits.extend(right)
+        wanted += objects
+    return best_threshold(np.array(scores, float), np.array(hits, bool), wanted)
+
+
+def _detections(found, objects: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns scores, which detections are right, and the number of objects of an image; ignored ones do not count."""
+    from mmdet.evaluation.functional.mean_ap import tpfp_default
+    boxes, scores = found.bboxes.cpu().numpy(), found.scores.cpu().numpy()
+    away = 2 * max([1., *boxes.ravel(), *(x for each in objects for x in each['bbox'])])  # moves classes apart
+    boxes = boxes + away * found.labels.cpu().numpy()[:, None]
+    truth = np.array([[x + away * each['bbox_label'] for x in each['bbox']] for each in objects]).reshape(-1, 4)
+    ignored = np.array([bool(each.get('ignore_flag')) for each in objects], bool)
+    right, wrong = tpfp_default(np.column_stack([boxes, scores]), truth[~ignored], truth[ignored], IOU)
+    counts = (right[0] + wrong[0]) > 0
+    return scores[counts], right[0][counts] > 0, int((~ignored).sum())
+
+
+def coco_annotations(model: nn.Module, plain: Config, folder: Path, threshold: float, track: Track) -> dict:
+    """Returns the detections on a folder's images whose score is at least ``threshold``, in COCO's format.
+
+    File names are relative to the folder, and categories are those of the validation set. What has no pixel of width
+    or height, which MMDetection would not read, is left out.
+    """
+    categories = _categories(plain)
+    files, annotations = [], []
+    for path in track(images_in(folder)):
+        sample, (height, width) = predict(model, plain, path)
+        files.append(dict(id=len(files), file_name=path.relative_to(folder).as_posix(), height=height, width=width))
+        found = sample.pred_instances
+        sizes = found.bboxes[:, 2:] - found.bboxes[:, :2]
+        found = found[(found.scores >= threshold) & (sizes >= 1).all(1)].cpu()
+        for (x1, y1, x2, y2), label, score in zip(found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist()):
+            annotations.append(dict(
+                id=len(annotations), image_id=files[-1]['id'], category_id=categories[label]['id'], iscrowd=0,
+                bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1) * (y2 - y1), score=score))
+    return dict(images=files, annotations=annotations, categories=categories)
+
+
+def class_list(model: nn.Module, plain: Config, folder: Path, threshold: float, track: Track) -> list[str]:
+    """Returns a line ``FILE CLASS`` for each of a folder's images of whose class the teacher is sure enough.
+
+    That is what MMPretrain's ``CustomDataset`` reads as ``ann_file``, with the folder as ``data_prefix``.
+    """
+    lines = []
+    for path in track(images_in(folder)):
+        sample, _ = predict(model, plain, path)
+        if float(sample.pred_score.max()) >= threshold:
+            lines.append(f'{path.relative_to(folder).as_posix()} {int(sample.pred_label)}')
+    return lines
+
+
+def _categories(plain: Config) -> list[dict]:
+    """Returns COCO's categories in the order of the model's labels."""
+    dataset = DATASETS.build(plain.val_dataloader.dataset)
+    if hasattr(dataset, 'cat_ids'):
+        return [dict(id=category['id'], name=category['name']) for category in dataset.coco.load_cats(dataset.cat_ids)]
+    return [dict(id=i, name=name) for i, name in enumerate(dataset.metainfo['classes'])]

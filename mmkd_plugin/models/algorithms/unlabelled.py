@@ -1,0 +1,86 @@
+"""What a distillation can learn from images without labels."""
+import logging
+
+import torch
+from mmengine.logging import print_log
+from mmrazor.models.distillers import ConfigurableDistiller
+from mmrazor.models.task_modules import ModuleInputsRecorder, ModuleOutputsRecorder, RecorderManager
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..distillers.feature_distiller import FeatureDistiller
+from ..dummy_input import dummy_inputs
+from ..recording import PartialForward, evaluating
+from .dry_run import losses_without_labels, read_calls
+
+
+class UnlabelledPart:
+    """The losses that read no labels, and the part of the student that they need.
+
+    A loss reads no labels if the networks' forward, without a loss, gives all that it reads. The student runs in
+    training mode and with gradient, no further than the layers that are recorded.
+
+    The recorders of ``distiller`` must be full of a dummy input.
+
+    Args:
+        distiller: of the distillation.
+        student: the student.
+    """
+
+    def __init__(self, distiller: ConfigurableDistiller, student: nn.Module) -> None:
+        self.losses = losses_without_labels(distiller)
+        self.skipped = [name for name in distiller.loss_forward_mappings if name not in self.losses]
+        self.calls = read_calls(distiller, True)
+        self.recorders = RecorderManager()
+        self.recorders.recorders.update({
+            name: recorder for name, recorder in distiller.student_recorders.recorders.items()
+            if isinstance(recorder, (ModuleInputsRecorder, ModuleOutputsRecorder))
+            and recorder.source and recorder.data_buffer})
+
+    def check(self, distiller: ConfigurableDistiller, teacher: PartialForward) -> None:
+        """Raises ``ValueError`` if no loss can be computed without labels; warns of those that cannot."""
+        reason = None
+        if distiller.deliveries.deliveries:
+            reason = 'distill_deliveries hand on what only a loss computes. Take them out'
+        elif teacher.mode == 'loss':
+            reason = (f'{", ".join(self.skipped)} read(s) what runs in the teacher\'s loss only. Record layers that '
+                      'run in its forward')
+        elif not (self.losses or getattr(distiller, 'dams', None)):
+            reason = (f'no distillation loss does without labels, got {", ".join(self.skipped) or "no loss"}. Add '
+                      'one that compares layers, such as base="pkd"')
+        if reason:
+            raise ValueError('train_cfg.unlabelled_dataloader: nothing can be learned from unlabelled images: '
+                             f'{reason}')
+        if self.skipped:
+            print_log(f'unlabelled_dataloader: {", ".join(self.skipped)} read(s) labels, or what only a loss computes, '
+                      'and skip(s) the unlabelled images.', logger='current', level=logging.WARNING)
+
+    def record(self, student: nn.Module, inputs: Tensor, data_samples: list | None) -> None:
+        """Fills the student's recorders, with gradient."""
+        forward = PartialForward(student, self.recorders, self.calls)
+        try:
+            forward(inputs, data_samples)
+        finally:
+            forward.remove()
+
+    def freeze_unreached(self, student: nn.Module) -> list[str]:
+        """Freezes the parameters that no recorded layer depends on, and returns their names."""
+        with torch.enable_grad(), evaluating(student):
+            self.record(student, *dummy_inputs(student))
+        recorded = tree_flatten([recorder.data_buffer for recorder in self.recorders.recorders.values()])[0]
+        outputs = [x.sum() for x in recorded if isinstance(x, Tensor) and x.requires_grad]
+        trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        gradients = torch.autograd.grad(outputs, list(trained.values()), allow_unused=True) if outputs else (
+            [None] * len(trained))
+        unreached = [name for name, gradient in zip(trained, gradients) if gradient is None]
+        for name in unreached:
+            trained[name].requires_grad_(False)
+        return unreached
+
+    def compute(self, distiller: ConfigurableDistiller) -> dict[str, Tensor]:
+        """Returns the weighted losses of what is recorded."""
+        if isinstance(distiller, FeatureDistiller):
+            return distiller.compute_unlabelled_losses(self.losses)
+        return {name: distiller.distill_losses[name](**{
+            argument: distiller.get_record(**entry) for argument, entry in distiller.loss_forward_mappings[name].items()
+        }) for name in self.losses}
