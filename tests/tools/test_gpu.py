@@ -19,9 +19,9 @@ def gpu(monkeypatch):
 
 
 def test_the_script_on_a_cpu(tmp_path):
-    done = subprocess.run([ROOT / 'tools/benchmarks/gpu.sh', '--device', 'cpu', '--limit', '580', '--stages',
-                           *STAGES], text=True, capture_output=True, cwd=tmp_path, env=dict(os.environ, OUT=str(tmp_path / 'out'),
-                                                                      PYTHON=sys.executable))
+    env = dict(os.environ, OUT=str(tmp_path / 'out'), PYTHON=sys.executable)
+    command = [ROOT / 'tools/benchmarks/gpu.sh', '--device', 'cpu', '--limit', '580', '--stages', *STAGES]
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, env=env)
     logs = ''.join(path.read_text()[-3000:] for path in sorted((tmp_path / 'out').glob('*.log')))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
