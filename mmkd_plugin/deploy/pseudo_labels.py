@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
@@ -173,5 +174,6 @@ def _categories(plain: Config) -> list[dict]:
     """Returns COCO's categories in the order of the model's labels."""
     dataset = DATASETS.build(plain.val_dataloader.dataset)
     if hasattr(dataset, 'cat_ids'):
-        return [dict(id=category['id'], name=category['name']) for category in dataset.coco.load_cats(dataset.cat_ids)]
+        names = {category['id']: category['name'] for category in load(dataset.ann_file)['categories']}
+        return [dict(id=i, name=names[i]) for i in dataset.cat_ids]
     return [dict(id=i, name=name) for i, name in enumerate(dataset.metainfo['classes'])]

@@ -67,7 +67,9 @@ def test_of_a_detector(monkeypatch, capsys, tmp_path):
     folder = images(tmp_path / 'images')
     truth = tmp_path / 'truth.json'
     names = [(3, 'a'), (7, 'b'), (9, 'c')]
-    truth.write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=i, name=n) for i, n in names])))
+    truth.write_text(json.dumps(dict(
+        images=[dict(id=0, file_name='0.png', height=64, width=96)], annotations=[],
+        categories=[dict(id=i, name=n) for i, n in names])))
     teacher = retinanet(16, **OTHER)
     teacher['test_cfg'].update(score_thr=0.0)
     network = write(tmp_path, 'mmdet', dict(
