@@ -1,4 +1,4 @@
-.PHONY: setup demo benchmark test test-modern test-gpu sweep lint
+.PHONY: setup demo benchmark test test-modern test-gpu sweep sweep-compose lint
 
 # The stack of all that follows: official, in .venv, or modern, in .venv-modern (docs/stacks.md)
 STACK ?= official
@@ -32,6 +32,9 @@ test-gpu:  ## on an NVIDIA GPU, in 8 minutes, with the environment's own python:
 
 sweep: setup  ## every distillation config trained, exported and loaded through the commands, on miniature data
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 -m sweep tests/test_full_sweep.py
+
+sweep-compose: setup  ## composes the pairs of the zoos; resumes, and writes docs/compose.md
+	OMP_NUM_THREADS=1 $(RUN) -W ignore tools/dev/compose_sweep.py
 
 lint: setup
 	$(RUN) -m ruff check .
