@@ -8,11 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.device import get_device
 from mmengine.utils import track_iter_progress
 
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
+from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.deploy.files import finished, refuse_existing
 from mmkd_plugin.deploy.pseudo_labels import (
     IOU,
@@ -27,7 +28,7 @@ from mmkd_plugin.deploy.student import plain_config
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of the distillation, whose teacher is meant, or of the teacher')
+    parser.add_argument('config', help='config of the distillation, whose teacher it takes, or of the teacher')
     parser.add_argument('teacher_ckpt', help='weights of the teacher')
     parser.add_argument('images', type=Path, help='folder of images; those in folders within are taken, too')
     parser.add_argument('-o', '--out', required=True, help='file to write')
@@ -58,8 +59,7 @@ def _threshold(text: str) -> str | float:
 def label(args: argparse.Namespace) -> None:
     refuse_existing('--out', args.out, args.overwrite)
     count = len(images_in(args.images))
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     model = build_teacher(cfg, args.teacher_ckpt, args.trust_checkpoint).to(get_device())
     plain, threshold = plain_config(cfg), args.score_thr
     if threshold == 'auto':
