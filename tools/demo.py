@@ -28,7 +28,7 @@ from mmkd_plugin.deploy.cost import measure
 from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
 CORES = os.cpu_count() or 1
-ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.Lock()  # MMEngine's reading of configs and its default scope are not for several threads
 PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
 VARIANTS = {
     'teacher': 'configs/benchmarks/digits/retinanet_r18-c32_digits.py',
@@ -90,23 +90,24 @@ def main() -> None:
 def run_variant(variant: str, seed: int, root: Path, threads: int) -> dict:
     """Trains, exports and evaluates one variant, or returns what an earlier call with the same config found."""
     work_dir = root / (variant if variant == 'teacher' else f'{variant}_seed{seed}')
-    options = dict(work_dir=str(work_dir), randomness=dict(seed=seed))
-    cfg = Config.fromfile(VARIANTS[variant])
-    if 'teacher_ckpt' in cfg.model:
-        options['model.teacher_ckpt'] = str(find_latest_checkpoint(root / 'teacher'))
-    cfg.merge_from_dict(options)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    config, done, state = work_dir / 'config.py', work_dir / 'result.json', work_dir / 'state.sha256'
-    same = state.exists() and state.read_text() == fingerprint(cfg)
-    if same and done.exists():
-        print(f'{LABELS[variant]}, seed {seed}: done before, in {work_dir}')
-        return json.loads(done.read_text())
-    config.write_text(cfg.pretty_text)
-    state.write_text(fingerprint(cfg))
+    with ONE_AT_A_TIME:
+        options = dict(work_dir=str(work_dir), randomness=dict(seed=seed))
+        cfg = Config.fromfile(VARIANTS[variant])
+        if 'teacher_ckpt' in cfg.model:
+            options['model.teacher_ckpt'] = str(find_latest_checkpoint(root / 'teacher'))
+        cfg.merge_from_dict(options)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        config, done, state = work_dir / 'config.py', work_dir / 'result.json', work_dir / 'state.sha256'
+        same = state.exists() and state.read_text() == fingerprint(cfg)
+        if same and done.exists():
+            print(f'{LABELS[variant]}, seed {seed}: done before, in {work_dir}')
+            return json.loads(done.read_text())
+        config.write_text(cfg.pretty_text)
+        state.write_text(fingerprint(cfg))
     train(f'{LABELS[variant]}, seed {seed}', [sys.executable, '-W', 'ignore', 'tools/train.py', config]
           + (['--resume'] if same else []), work_dir / 'train.log', threads)
 
-    with ONE_AT_A_TIME:  # MMEngine's default scope belongs to the process
+    with ONE_AT_A_TIME:
         exported, plain = work_dir / 'student.pth', work_dir / 'plain_config.py'
         export_student(cfg, str(find_latest_checkpoint(work_dir)), str(exported), overwrite=True)
         plain_config(cfg).dump(plain)
