@@ -345,12 +345,13 @@ RUNS = ['init_cfg', 'init_cfg of the student', 'pretrained', 'load_from', 'load_
 @pytest.mark.parametrize('kind', RUNS)
 def test_train_py(kind, early, tool, tmp_path, evil, ran, monkeypatch):
     """Files are looked through before the run; what would be overlooked is refused where it is met."""
-    cfg = run_of(tmp_path, evil, kind)
+    cfg, file = run_of(tmp_path, evil, kind), tmp_path / 'x.py'
+    file.touch()
     monkeypatch.setattr(Config, 'fromfile', lambda *_, **__: cfg)
     if not early:
         monkeypatch.setattr('mmkd_plugin.config.preflight.missing_inputs', lambda *_, **__: [])
     with pytest.raises((ValueError, SystemExit), match=REFUSED):
-        tool('train.py', 'x.py')
+        tool('train.py', file)
     assert not ran.exists()
 
 

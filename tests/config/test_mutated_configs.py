@@ -76,6 +76,7 @@ def mutations(draw):
     node = functools.reduce(lambda inner, key: inner[key], path[:-1], fields)
     key, what = path[-1], draw(st.sampled_from(['replace', 'misspell', 'remove', 'add']))
     words = [str(part) for part in path if isinstance(part, str)]
+    words += ['loss_schedules'] if 'base' in path else []  # which name a loss of the base
     if what == 'replace':
         node[key] = draw(JUNK)
         words += [str(node[key])] if isinstance(node[key], str) and node[key] else []

@@ -91,9 +91,11 @@ def resolve(base: str | dict, field: str = 'base') -> tuple[str, dict]:
     """
     given = dict(preset=base) if isinstance(base, str) else dict(check_dict(field, base))
     preset = given.pop('preset', None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ValueError(f'{field}: no preset {preset!r}; {closest(preset, [*PRESETS, "crosskd"])}')
     name = given.pop('name', preset or 'base')
+    if not isinstance(name, str):
+        raise ValueError(f'{field}.name: expected a name, got {name!r}')
     unknown = sorted(set(given) - {'loss', *_DEFAULTS})
     if unknown:
         raise ValueError(f'{field}: no field {unknown[0]!r}; {closest(unknown[0], ["loss", *_DEFAULTS])}')
