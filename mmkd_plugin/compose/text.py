@@ -106,8 +106,10 @@ def _feature(plan: Plan) -> list[str]:
 def _sokd(plan: Plan) -> list[str]:
     unit = 'search_epochs' if 'max_epochs' in plan.length else 'search_iters'
     hook = f"dict(type='mmkd_plugin.FreezePolicyHook', {unit}={max(1, round(_length(plan) / 6))})"
-    return [f'        base={plan.base!r}' + ('))' if plan.detector else ','),
-            *([] if plan.detector else ["        dam=dict(anchor='attention')))"]),
+    dam = ('detect_loss_weight=0.3, area_loss_weight=0.9)))  # at the defaults, DAM outweighs the task'
+           if plan.detector else "anchor='attention')))")
+    return [f'        base={plan.base!r},',
+            f'        dam=dict({dam}',
             *_optim_wrapper(plan),
             '# The policy is searched in the first sixth of the training.',
             f'custom_hooks = [{"*_base_.custom_hooks, " if plan.hooks else ""}{hook}]']

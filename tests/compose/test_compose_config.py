@@ -420,7 +420,7 @@ def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
     (dict(layers=['nekc']), "layers.*no 'nekc'.*neck"),
     (dict(layers=['a=b=c']), 'layers: expected a list of names, or of pairs'),
     (dict(layers=['bbox_head']), 'did not run bbox_head'),
-    (dict(teacher='TMP/five.py', layers=['bbox_head.retina_cls']), r'\[3\] classes apart, the teacher \[5\]'),
+    (dict(teacher='TMP/five.py', layers=['bbox_head.retina_cls']), r'\[3\] classes, the teacher \[5\]'),
     (dict(student='TMP/frozen.py', layers=['backbone.layer1']),
      "loss_amd_backbone_layer1 does not reach the student: 'backbone.layer1' depends"),
     (dict(student='mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py'), 'STUDENT: .*KnowledgeDistillation.* teacher_config'),
