@@ -212,6 +212,13 @@ class FeatureDistiller(ConfigurableDistiller):
                                                 one_width(layer, 'teacher', t_maps)))
         return dict(connector=name, connector_idx=level)
 
+    def build_connectors(self, connectors: dict) -> nn.ModuleDict:
+        """As in MMRazor, where a value of the wrong type raises whatever the layer inside makes of it."""
+        try:
+            return super().build_connectors(connectors)
+        except TypeError as error:
+            raise ValueError(f'connectors: {connectors} cannot be built: {error}') from error
+
     def _add_connector(self, name: str, config: dict | list, s_channels: int | list[int],
                        t_channels: int | list[int]) -> str:
         if name in self.connectors:
