@@ -34,8 +34,9 @@ def sample_batch(cfg: Config, channels: int = 3) -> tuple[dict[str, Any], str]:
         try:
             found = DATASETS.build(dict(dataset, download=False) if downloads(dataset) else dataset)
             return pseudo_collate([found[i] for i in range(min(2, len(found)))]), f'the first images of {name}'
-        except RuntimeError:  # how MMPretrain's data sets say that their files would have to be downloaded
-            pass
+        except RuntimeError:
+            if not downloads(dataset):  # the others say so where their files are not there
+                raise
     path = cbook.get_sample_data('grace_hopper.jpg', asfileobj=False)
     image = cv2.imread(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
     return pseudo_collate([as_tested(cfg, pixels, path) for pixels in (image, np.ascontiguousarray(image[:, ::-1]))]), \

@@ -10,7 +10,7 @@ from mmdet.models import YOLOX
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 
 from mmkd_plugin.compat import StackError
 from mmkd_plugin.deploy.cost import measure
@@ -265,3 +265,20 @@ def test_without_data_a_photograph_goes_through_the_pipeline(config, size, chann
     assert one.dtype == torch.uint8 and tuple(one.shape[1:]) == size and one.float().std() > 20
     assert (one.flip(2).float() - mirrored.float()).abs().mean() < 5
     assert bool(batch['data_samples'][0].metainfo.get('img_path')) == bool(channels)
+
+
+def test_a_data_set_that_fails_is_not_replaced_by_the_photograph(tmp_path):
+    (tmp_path / 'cats').mkdir()
+    (tmp_path / 'cats/one.jpg').touch()
+
+    @TRANSFORMS.register_module(force=True)
+    class Torn:
+        def __call__(self, results):
+            if 'one.jpg' in str(results):
+                raise RuntimeError('a torn file')
+            return results
+
+    cfg = Config(dict(default_scope='mmpretrain', test_dataloader=dict(dataset=dict(
+        type='CustomDataset', data_root=str(tmp_path), pipeline=[dict(type='Torn')]))))
+    with pytest.raises(RuntimeError, match='a torn file'):
+        sample_batch(cfg)
