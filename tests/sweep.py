@@ -114,6 +114,7 @@ class _Probe(Hook):
 
     def before_train(self, runner: Runner) -> None:
         runner.model._schedules = {}  # a loss that warms up would be zero at the beginning
+        _normalise_by_batch(runner.model.teacher)
         policy = getattr(runner.model.distiller, 'dafa', None)
         if policy is not None:
             policy.beta.data.fill_(9.)  # what is drawn is applied: otherwise the policy's first loss has no gradient
@@ -142,6 +143,13 @@ class _Probe(Hook):
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                         outputs: Sequence | None = None) -> None:
         self.predictions += outputs
+
+
+def _normalise_by_batch(teacher: nn.Module) -> None:
+    """Has batch norms take the statistics of the batch, as random weights have none: deep maps would be nearly zero."""
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean = module.running_var = None
 
 
 def _check_reach(name: str, loss: Tensor, model: nn.Module) -> None:
