@@ -36,6 +36,7 @@ VARIANTS = {
     'inherited': 'configs/benchmarks/digits/inherit_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
     'amd': 'configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
     'fitnet': 'configs/benchmarks/digits/fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
+    'unlabelled': 'configs/benchmarks/digits/fitnet-unlabelled_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
     'sokd': 'configs/benchmarks/digits/sokd-fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
 }
 LABELS = {
@@ -44,6 +45,7 @@ LABELS = {
     'inherited': 'student alone, inherited start',
     'amd': 'distilled: AMD, inherited start',
     'fitnet': 'distilled: FitNet, inherited start',
+    'unlabelled': 'distilled: FitNet and 1,300 unlabelled images, inherited start',
     'sokd': 'distilled: SoKD on FitNet, inherited start',
 }
 COLUMNS = {
