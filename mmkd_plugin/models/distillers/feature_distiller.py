@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmrazor.models.distillers import ConfigurableDistiller
 from mmrazor.models.task_modules import RecorderManager
@@ -128,6 +129,20 @@ class FeatureDistiller(ConfigurableDistiller):
                 raise ValueError(f'layers: {layer!r} gives {len(s_maps)} feature maps in the student and '
                                  f'{len(t_maps)} in the teacher')
         self.wire(maps)
+        self._log(maps)
+
+    def _log(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Logs what was filled in, in short."""
+        for layer, both in maps.items():
+            student, teacher = (self._written[f'{side}_recorders'][layer]['source'] for side in ('student', 'teacher'))
+            s_channels, t_channels = ([x.shape[1] for x in side] for side in both)
+            print_log(f'Distilled layer: {student} of the student, channels {s_channels}, with {teacher} of the '
+                      f'teacher, channels {t_channels}.', logger='current')
+        for name, base in self.bases:
+            parts = [f'{end} {base[end]["type"]}' for end in ('loss', 'connector', 't_connector') if base[end]]
+            weight = "is measured ('auto')" if base['auto'] else f'{base["weight"]:g}'
+            print_log(f'Distillation base {name}: {", ".join(parts)}; losses {", ".join(self.losses_by_base[name])}; '
+                      f'weight {weight}.', logger='current')
 
     def _record(self, model: nn.Module, from_student: bool) -> None:
         """Fills the layers' recorders from a dummy input, and notes where their maps are."""

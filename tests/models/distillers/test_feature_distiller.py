@@ -8,6 +8,7 @@ from mmengine.optim import build_optim_wrapper
 from mmrazor.models.distillers import ConfigurableDistiller
 
 from mmkd_plugin.models.connectors import FitNetConnector
+from mmkd_plugin.models.distillers import feature_distiller
 from mmkd_plugin.models.distillers.presets import PRESETS, resolve
 
 SGD = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
@@ -196,6 +197,16 @@ def test_channels_are_filled_in_and_shown(build):
     written = Config.fromstring(model.distiller.written_config(), '.py').distiller
     assert written.connectors.pkd_connector_neck == dict(
         type='mmkd_plugin.FitNetConnector', in_channels=16, out_channels=24)
+
+
+def test_the_log_has_layers_channels_losses_and_weights(build, monkeypatch):
+    lines = []
+    monkeypatch.setattr(feature_distiller, 'print_log', lambda text, logger: lines.append(text))
+    build(neck(['fitnet', 'mgd'], loss_weight=[2.5, 'auto']))
+    log = '\n'.join(lines)
+    for part in ('neck of the student, channels [16', 'neck of the teacher, channels [24', 'weight 2.5',
+                 'connector mmkd_plugin.FitNetConnector', 'loss_fitnet_neck_0', 'loss MGDLoss', "('auto')"):
+        assert part in log
 
 
 @pytest.mark.parametrize('name', ['pkd', 'mgd', 'amd-scale-free'])
