@@ -60,6 +60,7 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sweep.CLASSIFIERS, ids=lambda path: path.stem)
 def test_one_step_of_what_the_name_says(config, roots, tmp_path):
     model = sweep.check(config, options(config, roots), tmp_path).model
@@ -76,6 +77,7 @@ def test_one_step_of_what_the_name_says(config, roots, tmp_path):
         assert losses == beside and model.distiller.dafa is not None and len(model.distiller.dams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sweep.ALONE, ids=lambda path: path.stem)
 def test_a_network_alone_trains(config, roots, tmp_path):
     cfg = Config.fromfile(config)

@@ -61,6 +61,7 @@ def test_a_name_to_start_from_is_another_name_of_one_config(name):
     assert cfg.to_dict() == Config.fromfile(Path('configs') / base).to_dict()
 
 
+@pytest.mark.slow
 @detectors
 def test_one_step(config, options, tmp_path):
     model = sweep.check(config, options, tmp_path).model
