@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from mmengine.model import BaseModel
 from mmpretrain.models import ImageClassifier
 from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
@@ -21,6 +21,7 @@ from .evaluation import headline
 from .files import finished, refuse_existing
 from .onnx_model import OnnxModel, read_from_files
 from .pixels import Pixels
+from .two_stage_graph import TwoStageGraph, why_not_two_stages
 
 OPSET = 17
 POINTS = 0.1  # of 100, between the accuracy of ONNX Runtime and that of PyTorch
@@ -54,8 +55,8 @@ def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False
     model                      inputs                                            outputs
     =========================  ================================================  =================================
     classifier                 ``images``                                        ``scores`` (N, classes)
-    detector of one stage      ``images``, ``image_sizes`` (N, 2); H, W free     see :class:`DetectorGraph`
-    the same, ``raw``          ``images``, ``image_sizes`` (N, 2); H, W free     those of its head, a level each,
+    detector                   ``images``, ``image_sizes`` (N, 2); H, W free     see :class:`DetectorGraph`
+    of one stage, ``raw``      ``images``, ``image_sizes`` (N, 2); H, W free     those of its head, a level each,
                                                                                  such as ``cls_scores_0``
     =========================  ================================================  =================================
 
@@ -139,12 +140,15 @@ def _graph(model: BaseModel, batch: dict, raw: bool) -> tuple[nn.Module, list[in
     has_raw = isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head')
     if raw and has_raw:
         return RawGraph(model, pixels).eval(), [0, 2, 3]
-    reason = why_not(model)
+    two_stages = isinstance(model, TwoStageDetector)
+    if raw and two_stages:
+        raise ValueError(f'--onnx-raw: {name} has two stages, and so not the outputs of one head. Leave it out')
+    reason = why_not_two_stages(model) if two_stages else why_not(model)
     if reason:
         raise ValueError(f'--onnx: {reason}. ' + ('Export its raw outputs with --onnx-raw, or the' if has_raw else
                                                   'Export the') + ' whole with MMDeploy, from the exported student and '
                          'its config')
-    return DetectorGraph(model, pixels).eval(), [0, 2, 3]
+    return (TwoStageGraph if two_stages else DetectorGraph)(model, pixels).eval(), [0, 2, 3]
 
 
 def _output_names(graph: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
