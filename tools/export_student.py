@@ -21,7 +21,7 @@ from mmkd_plugin.deploy.evaluation import evaluate
 from mmkd_plugin.deploy.files import finished, refuse_existing
 from mmkd_plugin.deploy.html import page
 from mmkd_plugin.deploy.int8 import quantize
-from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx
+from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx, graph_of
 from mmkd_plugin.deploy.pictures import draw
 from mmkd_plugin.deploy.report import COLUMNS, Report
 from mmkd_plugin.deploy.sample_batch import sample_batch
@@ -67,6 +67,8 @@ def export(args: argparse.Namespace) -> None:
     plain = plain_config(cfg)
     # finds what is missing before the work begins
     images = calibration_batches(plain, args.calibrate) if args.int8 else []
+    if args.onnx is not None:
+        graph_of(build_student(cfg, args.checkpoint, args.trust_checkpoint), args.onnx_raw)
     say_exported(args, export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint))
     model = build_student(cfg, args.out, args.trust_checkpoint).eval()
     batch, source = sample_batch(plain, image_channels(model))

@@ -14,6 +14,8 @@ from .onnx_model import OnnxModel
 LAYERS = ('Conv', 'Gemm', 'MatMul')
 # What lies between two layers, so that a chain of them needs no float in between
 _BETWEEN = ('Add', 'Clip', 'Concat', 'GlobalAveragePool', 'AveragePool', 'MaxPool', 'Relu', 'Resize')
+# How names of its nodes begin; a detector of two stages is traced part by part
+_NETWORK = ('/network/', '/backbone/', '/neck/', '/rpn_head/', '/shared_head/', '/bbox_head/')
 _WORST = 5  # layers that a refusal names
 _TRIED = 2  # batches that the cost of a layer is measured on
 
@@ -27,7 +29,8 @@ def quantize(path: str, out: str, batches: list[dict], evaluate: Callable[[OnnxM
     unsigned, with the smallest and largest value that the batches give. Normalisation, decoding and NMS stay in float.
 
     Which layers stay in float is measured. The cost of a layer is the change of the network's outputs when it alone is
-    in eight bits, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, mean over outputs. If the whole
+    in eight bits, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, mean over outputs. Outputs of a
+    second stage do not count for layers of the first, because other proposals are other regions. If the whole
     network loses more than ``max_drop``, the 1, 2, 4, ... most costly layers, up to half of them, stay in float, until
     it does not.
 
@@ -98,7 +101,7 @@ class _Network:
 
         self.folder, self.batches = folder, batches[:_TRIED]
         self.model = load_model_with_shape_infer(path)
-        nodes = [node for node in self.model.graph.node if node.name.startswith('/network/')]
+        self.nodes = nodes = [node for node in self.model.graph.node if node.name.startswith(_NETWORK)]
         weights = {entry.name for entry in self.model.graph.initializer}
         self.layers = [node.name for node in nodes if node.op_type in LAYERS and node.input[1] in weights]
         if not self.layers:
@@ -108,8 +111,9 @@ class _Network:
         self.outputs = _boundary(self.model)
         # the network's outputs, which the whole graph keeps to itself
         probed = copy.deepcopy(self.model)
-        probed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.outputs
-                                   if name not in {entry.name for entry in probed.graph.output})
+        named = {entry.name for entry in probed.graph.output}
+        probed.graph.output.extend(entry for entry in self.model.graph.value_info
+                                   if entry.name in self.outputs and entry.name not in named)
         self.probed = probed
         onnx.save(self.model, str(folder / 'float.onnx'))
         calibrator = create_calibrator(folder / 'float.onnx', [*LAYERS, *_BETWEEN],
@@ -121,8 +125,16 @@ class _Network:
     def costs(self) -> dict[str, float]:
         """Returns, by layer, the relative change of the network's outputs when it alone is in eight bits."""
         expected = self._outputs(self.probed)
-        return {layer: _change(self._outputs(self._quantized(self.probed, [layer])), expected)
+        return {layer: _change(self._outputs(self._quantized(self.probed, [layer])), expected, self._behind(layer))
                 for layer in self.layers}
+
+    def _behind(self, layer: str) -> list[bool]:
+        """Returns which outputs depend on a layer, by way of the network alone."""
+        tensors: set[str] = set()
+        for node in self.nodes:  # in the order in which they are computed
+            if node.name == layer or tensors.intersection(node.input):
+                tensors.update(node.output)
+        return [name in tensors for name in self.outputs]
 
     def write(self, out: Path, exclude: list[str]) -> Path:
         import onnx
@@ -152,14 +164,15 @@ class _Network:
 
 def _boundary(model) -> list[str]:
     """Returns the tensors that leave the network: outputs of the graph, or read by what is not named after it."""
-    inside = {output for node in model.graph.node if node.name.startswith('/network/') for output in node.output}
-    read = {name for node in model.graph.node if not node.name.startswith('/network/') for name in node.input}
+    inside = {output for node in model.graph.node if node.name.startswith(_NETWORK) for output in node.output}
+    read = {name for node in model.graph.node if not node.name.startswith(_NETWORK) for name in node.input}
     read |= {entry.name for entry in model.graph.output}
     floats = {entry.name for entry in [*model.graph.value_info, *model.graph.output]
               if entry.type.tensor_type.elem_type == 1}
     return sorted(inside & read & floats)
 
 
-def _change(found: list[list[np.ndarray]], expected: list[list[np.ndarray]]) -> float:
-    return float(np.mean([np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-12)
-                          for ones, others in zip(found, expected) for one, other in zip(ones, others)]))
+def _change(found: list[list[np.ndarray]], expected: list[list[np.ndarray]], counts: list[bool]) -> float:
+    return float(np.mean([np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-12) if count else 0
+                          for ones, others in zip(found, expected)
+                          for one, other, count in zip(ones, others, counts)]))
