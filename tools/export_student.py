@@ -102,14 +102,14 @@ def export(args: argparse.Namespace) -> None:
     with finished('out', files['json'], args.overwrite) as unfinished:
         unfinished.write_text(json.dumps(text, indent=2) + '\n')
     print(markdown(COLUMNS, report.rows()))
-    if (report.found['teacher'] or {}).get('missing'):
-        print(f'The teacher is not in it: {report.found["teacher"]["missing"]}')
+    for name, found in report.found.items():
+        if (found or {}).get('missing'):
+            print(f'The {name} is not in it: {found["missing"]}')
     size, threads = ' x '.join(map(str, report.input[2:])), text['environment']['threads']
     print(f'Of one image of {size}, from pixels to detections or scores, on this CPU, threads: {threads}. '
           f'Report: {files["json"]}')
     if args.report:
-        shown = {name: found for name, found in report.models.items()
-                 if name != 'teacher' or report.teacher_has_weights}
+        shown = {name: found for name, found in report.models.items() if name not in report.without_weights}
         with finished('--report', files['html'], args.overwrite) as unfinished:
             unfinished.write_text(page(text, report.rows(), draw(plain, shown)))
         print(f'{files["html"]}: the report, with pictures.')

@@ -15,6 +15,7 @@ from torch import nn
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_model
 from ..config.preflight import missing_inputs
+from ..config.teachers import names_of
 from .sample_batch import as_tested
 from .student import plain_config
 
@@ -30,6 +31,10 @@ def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
     A teacher without a preprocessor of its own gets the student's.
     """
     plain = plain_config(cfg)
+    names = names_of(cfg.model.get('teacher'))
+    if names != ['']:
+        raise ValueError(f'CONFIG: one teacher labels, got a distillation with several: {", ".join(names)}. Give the '
+                         'config of the one that is to label')
     model = cfg.model.teacher if 'architecture' in cfg.model else cfg.model
     if not model.get('cfg_path'):
         model = dict(model)

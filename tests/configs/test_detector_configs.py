@@ -68,7 +68,7 @@ def test_one_step(config, options, tmp_path):
     base = parts_of(config)[1]
     losses = {type(loss).__name__ for loss in model.distiller.distill_losses.values()}
     assert losses == ({BASES[base]} if base else {'AMDLoss'})
-    renormalize = model.__dict__['_teacher_inputs']
+    renormalize = model.teachers[''].inputs
     assert (renormalize is not None) == ('fcos_r101_retinanet' in config.stem)
     assert renormalize is None or renormalize.reverse  # a caffe-style teacher sees BGR
 
