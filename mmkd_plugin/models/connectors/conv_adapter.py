@@ -49,7 +49,7 @@ class ConvAdapter(BaseConnector):
         return f'signed={self.signed}'
 
     def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Levels:
-        """One (N, C, H, W) feature, or a sequence of levels, to the same with the teacher's channels.
+        """One (N, C, H, W) feature, or a sequence of levels, to one or a tuple of them with the teacher's channels.
 
         Raises:
             ValueError: a feature does not have ``in_channels``.

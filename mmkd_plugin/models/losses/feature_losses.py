@@ -31,7 +31,8 @@ class PKDLoss(nn.Module):
 
     Half the mean squared difference of maps whose channels have mean zero and unbiased standard deviation one over the
     batch. That normalisation is batch norm without parameters but for the factor ``(n - 1) / n``, with n the number
-    of values of a channel. Channels without variance are zero. The loss is zero for n = 1, where MMRazor's is NaN.
+    of values of a channel. Against division by zero, 1e-12 is added to the variance, where MMRazor adds 1e-6 to the
+    standard deviation. The loss is zero for n = 1, where MMRazor's is NaN.
     """
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
