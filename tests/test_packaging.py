@@ -16,6 +16,7 @@ from modelindex.load_model_index import load as load_model_index
 
 import mmkd_plugin
 from mmkd_plugin.config.cfg_path import read_cfg_path
+from mmkd_plugin.config.teachers import teachers_in
 
 ROOT = Path(__file__).parent.parent
 MODELS = {model['Name']: model for method in ('amd', 'sokd') for model in yaml.safe_load(
@@ -156,17 +157,20 @@ def test_every_config_has_an_entry_and_each_name_is_true():
 
 @pytest.mark.parametrize('name', DISTILLED)
 def test_teacher_and_student_are_those_of_the_config(name):
-    teacher, student = DISTILLED[name]['Teacher'], DISTILLED[name]['Student']
+    metadata = DISTILLED[name]
+    student, teachers = metadata['Student'], metadata.get('Teachers') or [metadata['Teacher']]
     cfg = Config.fromfile(ROOT / MODELS[name]['Config'], format_python_code=False)
-    if '::' in teacher['Config']:
-        official = get_config(teacher['Config'], pretrained=True).model_path
-        assert cfg.model.teacher_ckpt == teacher['Weights']
-        assert Path(teacher['Weights']).name == Path(official).name  # forks of the libraries have it elsewhere
-    else:
-        assert Path(cfg.model.teacher.cfg_path).samefile(ROOT / teacher['Config'])
-        teacher_cfg = Config.fromfile(ROOT / teacher['Config'])
-        last = f'work_dirs/{Path(teacher["Config"]).stem}/epoch_{teacher_cfg.train_cfg.max_epochs}.pth'
-        assert cfg.model.teacher_ckpt == last and 'Weights' not in teacher
+    found = [(config.cfg_path, weights) for _, config, weights in teachers_in(cfg.model)]
+    for teacher, (cfg_path, teacher_ckpt) in zip(teachers, found, strict=True):
+        if '::' in teacher['Config']:
+            official = get_config(teacher['Config'], pretrained=True).model_path
+            assert teacher_ckpt == teacher['Weights']
+            assert Path(teacher['Weights']).name == Path(official).name  # forks of the libraries have it elsewhere
+        else:
+            assert Path(cfg_path).samefile(ROOT / teacher['Config'])
+            epochs = Config.fromfile(ROOT / teacher['Config']).train_cfg.max_epochs
+            last = f'work_dirs/{Path(teacher["Config"]).stem}/epoch_{epochs}.pth'
+            assert teacher_ckpt == last and 'Weights' not in teacher
     alone = read_cfg_path(student['Config'] if '::' in student['Config'] else str(ROOT / student['Config'])).model
     for part in ('backbone', 'neck'):
         assert _bare(alone.get(part)) == _bare(cfg.model.architecture.get(part))

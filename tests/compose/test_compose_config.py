@@ -460,6 +460,7 @@ def run(*command, ok=True):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_composed_and_trained_by_command(tmp_path):
     for name, width in (('s', 8), ('t', 16)):
         (tmp_path / f'{name}.py').write_text(f"""_base_ = ['mmpretrain::resnet/resnet18_8xb32_in1k.py']

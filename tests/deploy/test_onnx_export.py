@@ -172,6 +172,7 @@ def test_two_stages_without_proposals_or_detections(build, tmp_path):
     assert compare(model, OnnxModel(tmp_path / 'b.onnx'), batch) == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_two_stages_are_as_accurate_in_onnx_runtime(tmp_path):
     root = tmp_path / 'digits'
     make_digits(root, num_train=8, num_val=4)

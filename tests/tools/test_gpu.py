@@ -18,6 +18,7 @@ def gpu(monkeypatch):
     return importlib.import_module('gpu')
 
 
+@pytest.mark.slow
 def test_the_script_on_a_cpu(tmp_path):
     env = dict(os.environ, OUT=str(tmp_path / 'out'), PYTHON=sys.executable)
     command = [ROOT / 'tools/benchmarks/gpu.sh', '--device', 'cpu', '--limit', '580', '--stages', *STAGES]

@@ -60,6 +60,7 @@ def config(tmp_path, pytestconfig):
     return path, ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
 
 
+@pytest.mark.slow
 def test_train_resume_export_and_look(tool, config, tmp_path):
     path, data = config
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'

@@ -139,7 +139,7 @@ class FeatureDistiller(ConfigurableDistiller):
             print_log(f'Distilled layer: {student} of the student, channels {s_channels}, with {teacher} of the '
                       f'teacher, channels {t_channels}.', logger='current')
         for name, base in self.bases:
-            parts = [f'{end} {base[end]["type"]}' for end in ('loss', 'connector', 't_connector') if base[end]]
+            parts = [f'{end} {_types(base[end])}' for end in ('loss', 'connector', 't_connector') if base[end]]
             weight = "is measured ('auto')" if base['auto'] else f'{base["weight"]:g}'
             print_log(f'Distillation base {name}: {", ".join(parts)}; losses {", ".join(self.losses_by_base[name])}; '
                       f'weight {weight}.', logger='current')
@@ -465,6 +465,10 @@ def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | 
     if len(set(names)) < len(names):
         raise ValueError(f'base: two have the name {max(names, key=names.count)!r}. Give one another name=')
     return found, crosskd
+
+
+def _types(config: dict | Sequence[dict]) -> str:
+    return ' + '.join(str(each.get('type')) for each in (config if isinstance(config, (list, tuple)) else [config]))
 
 
 def _pairs(layers: Sequence[str | Sequence[str]]) -> dict[str, tuple[str, str]]:
