@@ -144,7 +144,7 @@ def test_bad_calibration_images_are_said(digits):
     with pytest.raises(ValueError, match='--calibrate: train_dataloader.dataset has no images'):
         calibration_batches(cfg, 4)
     annotations.unlink()
-    with pytest.raises(ValueError, match='--calibrate: train_dataloader.dataset.ann_file is not there'):
+    with pytest.raises(ValueError, match='--calibrate: train_dataloader.dataset.ann_file not found'):
         calibration_batches(cfg, 4)
 
 
