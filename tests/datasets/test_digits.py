@@ -141,7 +141,7 @@ def test_other_data_are_never_overwritten(made, tmp_path):
     foreign = tmp_path / 'foreign'
     foreign.mkdir()
     (foreign / 'thesis.txt').write_text('years of work')
-    with pytest.raises(FileExistsError, match='was not made by make_digits'):
+    with pytest.raises(FileExistsError, match='was not created by make_digits'):
         make_digits(foreign, **SMALL)
     assert contents(foreign) == {'thesis.txt': b'years of work'}
 
