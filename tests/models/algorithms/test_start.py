@@ -106,7 +106,7 @@ def test_a_layer_of_the_other_network(build):
     mobile['backbone'] = dict(type='mmpretrain.MobileNetV2', widen_factor=0.25)
     mobile['head']['in_channels'] = 1280
     pair = ('backbone.layer3.1.conv2', 'backbone.layer3.0.conv.0.conv')
-    student = "This is the student; the teacher, ImageClassifier, has it: of a pair"
+    student = "This is the student. The teacher, ImageClassifier, has it. In a pair"
     for layers, distiller in (([pair], 'mmkd_plugin.AMDDistiller'), ([pair[::-1]], 'mmkd_plugin.AMDDistiller')):
         swapped = layers == [pair]
         model = distil(inherit=[], distiller=dict(type=distiller, layers=layers),
