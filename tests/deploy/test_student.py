@@ -242,10 +242,10 @@ def test_the_page_opens_in_a_browser(reported, tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--int8'], '--int8: it is made from the ONNX. Add --onnx'),
+    (['--int8'], '--int8: needs the ONNX file. Add --onnx'),
     (['--onnx', '--onnx-raw', '--int8'], '--int8: raw outputs cannot be evaluated'),
     (['--report'], "--report: '.*student.html' exists"),
-    (['--onnx', '--int8', '--calibrate', '0'], '--calibrate: at least one image'),
+    (['--onnx', '--int8', '--calibrate', '0'], '--calibrate: expected at least one image'),
 ])
 def test_what_would_stop_it_is_said_before_anything_is_written(options, message, tmp_path, export, data):  # noqa: F811
     (tmp_path / 'student.html').write_text('mine')
