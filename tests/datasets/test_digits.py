@@ -171,8 +171,8 @@ def test_the_tool(monkeypatch, capsys, tmp_path):
         runpy.run_path(str(ROOT / 'tools/dataset_converters/make_digits.py'), run_name='__main__')
         return capsys.readouterr().out
 
-    assert 'made' in run()
-    assert 'there already' in run()
+    assert 'created' in run()
+    assert 'exists already' in run()
     with pytest.raises(SystemExit, match='seed 0 instead of 3'):
         run('--seed', '3')
 
