@@ -64,7 +64,7 @@ def test_bccd_is_the_same_each_time_and_overwrites_nothing(converter, monkeypatc
 @pytest.mark.parametrize('harm, message', [
     (lambda root: (root / 'ImageSets/Main/val.txt').unlink(), 'val.txt'),
     (lambda root: (root / 'JPEGImages/BloodImage_00004.jpg').write_text(''), 'BloodImage_00004.jpg is missing or no'),
-    (lambda root: (root / 'Annotations/BloodImage_00004.xml').write_text('<anno'), 'BloodImage_00004.xml is no XML'),
+    (lambda root: (root / 'Annotations/BloodImage_00004.xml').write_text('<anno'), '00004.xml is not valid XML'),
     (lambda root: (root / 'Annotations/BloodImage_00004.xml').write_text(
         '<a><object><name>RBG</name></object></a>'), "unknown class 'RBG', expected one of RBC"),
 ])
