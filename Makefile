@@ -1,4 +1,4 @@
-.PHONY: setup demo benchmark test test-modern test-gpu sweep sweep-compose lint
+.PHONY: setup demo benchmark test test-slow test-modern test-gpu sweep sweep-compose lint
 
 # The stack of all that follows: official, in .venv, or modern, in .venv-modern (docs/stacks.md)
 STACK ?= official
@@ -20,8 +20,11 @@ benchmark: setup  ## what distillation gains, on data that docs/methodology.md n
 	$(RUN) -W ignore tools/benchmarks/gain.py
 	$(RUN) -W ignore tools/benchmarks/report_gain.py
 
-test: setup lint  ## the whole suite, on up to four cores
+test: setup lint  ## the suite without its slow tests, on up to four cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+test-slow: setup  ## the tests that take long: every config for one step, killed runs, mutated configs
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist worksteal -m slow
 
 test-modern:  ## on the newer stack: import, registries, every loss, a detector and a classifier distilled and exported
 	$(MAKE) setup STACK=modern

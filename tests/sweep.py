@@ -115,8 +115,7 @@ class _Probe(Hook):
     def before_train(self, runner: Runner) -> None:
         runner.model._schedules = {}  # a loss that warms up would be zero at the beginning
         _normalise_by_batch(runner.model.teacher)
-        policy = getattr(runner.model.distiller, 'dafa', None)
-        if policy is not None:
+        for policy in [teacher.policy for teacher in runner.model.teachers.values() if teacher.policy is not None]:
             policy.beta.data.fill_(9.)  # what is drawn is applied: otherwise the policy's first loss has no gradient
         for name, parameter in _trainable(runner.model).items():
             parameter.register_hook(lambda _, name=name: self.reached.add(name))
@@ -129,11 +128,14 @@ class _Probe(Hook):
         for name, loss in self.losses.items():
             if 'loss' in name:
                 assert loss.isfinite().all(), f'{name} is {loss}'
-        distilled = {name: loss for name, loss in self.losses.items() if name.startswith('distill.loss')}
-        assert distilled, f'no distillation loss among {sorted(self.losses)}'
-        for name, loss in distilled.items():
-            assert loss.numel() == 1 and loss != 0 and loss.requires_grad, f'{name} is {loss!r}'
-            _check_reach(name, loss, model)
+        for teacher in model.teachers.values():
+            prefix = f'distill.{teacher.prefix}'
+            distilled = {name.removeprefix(prefix): loss for name, loss in self.losses.items()
+                         if name.startswith(f'{prefix}loss')}
+            assert distilled, f'no distillation loss {prefix} among {sorted(self.losses)}'
+            for name, loss in distilled.items():
+                assert loss.numel() == 1 and loss != 0 and loss.requires_grad, f'{prefix}{name} is {loss!r}'
+                _check_reach(name, loss, model.student, teacher.distiller)
         self.reached.clear()  # of the single losses; the backward is still to come
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
@@ -152,12 +154,12 @@ def _normalise_by_batch(teacher: nn.Module) -> None:
             module.running_mean = module.running_var = None
 
 
-def _check_reach(name: str, loss: Tensor, model: nn.Module) -> None:
-    student, adapters = _recorded_parameters(model), list(_adapters(model.distiller))
+def _check_reach(name: str, loss: Tensor, network: nn.Module, distiller: nn.Module) -> None:
+    student, adapters = _recorded_parameters(network, distiller), list(_adapters(distiller))
     meant, others = student, []
-    if name == 'distill.loss_aug':
-        meant, others = list(model.distiller.dafa.parameters()), student + adapters
-    elif name.startswith('distill.loss_align'):
+    if name == 'loss_aug':
+        meant, others = list(distiller.dafa.parameters()), student + adapters
+    elif name.startswith('loss_align'):
         meant, others = adapters, student
     gradients = torch.autograd.grad(loss, meant + others, retain_graph=True, allow_unused=True)
     reached = _largest(gradients[:len(meant)])
@@ -170,14 +172,14 @@ def _adapters(distiller: nn.Module) -> Iterable[Tensor]:
         yield from part.parameters()
 
 
-def _recorded_parameters(model: nn.Module) -> list[Tensor]:
+def _recorded_parameters(student: nn.Module, distiller: nn.Module) -> list[Tensor]:
     """Returns those of the student's recorded layers, so that no loss goes back through all of the student; all
     where layers without parameters or functions are recorded."""
-    modules = dict(model.student.named_modules())
-    recorders = model.distiller.student_recorders.recorders.values()
+    modules = dict(student.named_modules())
+    recorders = distiller.student_recorders.recorders.values()
     inside = [[p for p in modules[recorder.source].parameters() if p.requires_grad] if recorder.source in modules
               else [] for recorder in recorders]
-    found = inside if inside and all(inside) else [list(_trainable(model.student).values())]
+    found = inside if inside and all(inside) else [list(_trainable(student).values())]
     return list({id(parameter): parameter for parameters in found for parameter in parameters}.values())
 
 

@@ -8,6 +8,8 @@ import test_classifier_configs
 from mmengine.config import Config
 from test_main_jobs import LOAD, STRICT_LOAD, run, train
 
+from mmkd_plugin.config.teachers import teachers_in
+
 pytestmark = pytest.mark.sweep
 
 # MMPretrain's CIFAR takes the true files only.
@@ -40,11 +42,12 @@ def data_options(config, root):
 @pytest.mark.parametrize('config', sweep.DETECTORS + sweep.CLASSIFIERS, ids=lambda path: path.stem)
 def test_train_export_and_load(config, work_dir):
     cfg = Config.fromfile(config)
-    teacher = miniature.save_weights(cfg.model.teacher.cfg_path, work_dir / 'teacher.pth')
+    weights = [f'model.teacher_ckpt{name}={miniature.save_weights(teacher.cfg_path, work_dir / f"teacher{name}.pth")}'
+               for name, teacher, _ in teachers_in(cfg.model)]
     script = ('tools/train.py', ) if 'cifar' not in config.stem else ('-c', ANY_CHECKSUM, 'tools/train.py')
     checkpoint, _ = train(
         config, work_dir / 'work', 'train_dataloader.num_batch_per_epoch=2', 'train_dataloader.batch_size=2',
-        f'model.teacher_ckpt={teacher}', *miniature.save_pretrained(cfg, work_dir / 'backbone.pth'),
+        *weights, *miniature.save_pretrained(cfg, work_dir / 'backbone.pth'),
         *data_options(config, work_dir / 'data'), script=script)
     exported = work_dir / 'student.pth'
     said = run('tools/export_student.py', config, checkpoint, exported)

@@ -21,7 +21,7 @@ from mmkd_plugin.deploy.evaluation import evaluate
 from mmkd_plugin.deploy.files import finished, refuse_existing
 from mmkd_plugin.deploy.html import page
 from mmkd_plugin.deploy.int8 import quantize
-from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx
+from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx, graph_of
 from mmkd_plugin.deploy.pictures import draw
 from mmkd_plugin.deploy.report import COLUMNS, Report
 from mmkd_plugin.deploy.sample_batch import sample_batch
@@ -67,6 +67,8 @@ def export(args: argparse.Namespace) -> None:
     plain = plain_config(cfg)
     # reports missing data before the export starts
     images = calibration_batches(plain, args.calibrate) if args.int8 else []
+    if args.onnx is not None:
+        graph_of(build_student(cfg, args.checkpoint, args.trust_checkpoint), args.onnx_raw)
     say_exported(args, export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint))
     model = build_student(cfg, args.out, args.trust_checkpoint).eval()
     batch, source = sample_batch(plain, image_channels(model))
@@ -100,14 +102,14 @@ def export(args: argparse.Namespace) -> None:
     with finished('out', files['json'], args.overwrite) as unfinished:
         unfinished.write_text(json.dumps(text, indent=2) + '\n')
     print(markdown(COLUMNS, report.rows()))
-    if (report.found['teacher'] or {}).get('missing'):
-        print(f'The table has no teacher: {report.found["teacher"]["missing"]}')
+    for name, found in report.found.items():
+        if (found or {}).get('missing'):
+            print(f'The table has no {name}: {found["missing"]}')
     size, threads = ' x '.join(map(str, report.input[2:])), text['environment']['threads']
     print(f'Latency is measured on one image of {size}, from pixels to detections or scores, on this CPU, threads: '
           f'{threads}. Report: {files["json"]}')
     if args.report:
-        shown = {name: found for name, found in report.models.items()
-                 if name != 'teacher' or report.teacher_has_weights}
+        shown = {name: found for name, found in report.models.items() if name not in report.without_weights}
         with finished('--report', files['html'], args.overwrite) as unfinished:
             unfinished.write_text(page(text, report.rows(), draw(plain, shown)))
         print(f'{files["html"]}: the report with pictures.')

@@ -66,15 +66,15 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
     before = [see(model, item) for item in items]
     load_state_dict(model, content.get('state_dict', content), strict=True)
     names = content.get('meta', {}).get('dataset_meta', {}).get('classes')
-    same = num_classes(model.teacher) == num_classes(model.student)
-    classes = {'teacher': names if same else None, 'student before': names, 'student after': names}
+    classes = {teacher.title.removeprefix('the '): names if num_classes(teacher.network) == num_classes(
+        model.student) else None for teacher in model.teachers.values()}
+    classes.update({'student before': names, 'student after': names})
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for path, item, (start, old) in zip(args.images, items, before):
         image = rgb_image(item, model.data_preprocessor)
         now, new = see(model, item)
         sheet = stack([
-            draw_predictions(image, dict(teacher=now[0], **{'student before': start[1], 'student after': now[1]}),
-                             classes, args.score),
+            draw_predictions(image, dict(zip(classes, (*now[:-1], start[-1], now[-1]))), classes, args.score),
             draw_views(image, old, f'{path.name}: student before training'),
             draw_views(image, new, f'{path.name}: student of {Path(args.checkpoint).name}')])
         out = args.out_dir / f'{path.stem}.png'
@@ -108,13 +108,12 @@ def read(cfg: Config, path: Path) -> dict:
 
 
 def see(model: TeacherStudentDistill, item: dict) -> tuple[Sequence[BaseDataElement], Sequence]:
-    """Returns the predictions of teacher and student, and the views of :func:`look`."""
+    """Returns the predictions of the teachers, then of the student, and the views of :func:`look`."""
     data = model.data_preprocessor(pseudo_collate([copy.deepcopy(item)]), False)
     inputs, samples = data['inputs'], data['data_samples']
     views = look(model, inputs, samples, tuple(item['inputs'].shape[1:]))
-    teacher = predict(model.teacher, *model.teacher_batch(inputs, samples))
-    student = predict(model.student, inputs, samples)
-    return (teacher, student), views
+    predictions = [predict(teacher.network, *teacher.batch(inputs, samples)) for teacher in model.teachers.values()]
+    return [*predictions, predict(model.student, inputs, samples)], views
 
 
 def predict(network: BaseModel, inputs: Tensor, samples: list) -> BaseDataElement:

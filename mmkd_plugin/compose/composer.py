@@ -191,7 +191,7 @@ def _report(plan: Plan, trial: Trial, image: int) -> str:
     for name in plan.inherit:
         s_layers, t_layers = (layers_of(network.get_submodule(name)) for network in (model.student, model.teacher))
         lines.append(f'inherit: {len(s_layers.items() & t_layers.items())} of {len(s_layers)} layers of {name}')
-    if model.__dict__['_teacher_inputs']:
+    if model.teachers[''].inputs:
         lines.append('The teacher expects another normalisation or channel order and gets its images in that form.')
     lines += plan.remarks
     if '://' in plan.teacher_ckpt:

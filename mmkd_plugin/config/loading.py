@@ -4,16 +4,16 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..utils import closest
+from .teachers import teachers_in
 
-PATHS = ('model.teacher.cfg_path', 'model.architecture.cfg_path', 'model.teacher_ckpt', 'model.student_ckpt',
-         'load_from')
+PATHS = ('model.architecture.cfg_path', 'model.student_ckpt', 'load_from')  # and those of each teacher
 
 
 def read_config(path: str, cfg_options: dict | None = None) -> Config:
     """Reads a config file for a command.
 
-    The paths in the fields :data:`PATHS` are relative to the working directory. If a path does not exist there, but
-    exists in the folder of the config file, that one is used.
+    The paths in the fields :data:`PATHS`, and in ``cfg_path`` and ``teacher_ckpt`` of each teacher, are relative to the
+    working directory. If a path does not exist there, but exists in the folder of the config file, that one is used.
 
     Args:
         path: the file.
@@ -28,7 +28,10 @@ def read_config(path: str, cfg_options: dict | None = None) -> Config:
         raise ValueError(f'config: {path!r} not found in {Path.cwd()}; {closest(path, known)}')
     cfg = Config.fromfile(path)
     beside = {}
-    for field in PATHS:
+    model = cfg.get('model')
+    names = [name for name, _, _ in teachers_in(model)] if isinstance(model, dict) else []
+    for field in (*PATHS, *(field for name in names for field in (
+            f'model.teacher{name}.cfg_path', f'model.teacher_ckpt{name}'))):
         value = cfg
         for key in field.split('.'):
             value = value.get(key) if isinstance(value, (dict, Config)) else None

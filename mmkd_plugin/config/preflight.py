@@ -9,6 +9,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from ..checkpoints.reading import read_checkpoint
 from ..checkpoints.unpickler import RefusedError
 from .cfg_path import read_cfg_path
+from .teachers import teachers_in
 
 _WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'modelzoo://')
 
@@ -83,28 +84,31 @@ def downloads(dataset: dict) -> bool:
 def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
     model = cfg.model
     trust = trust or model.get('trust_checkpoint', False)
-    for name in ('teacher_ckpt', 'student_ckpt'):
-        if model.get(name):
-            yield from _missing_file(model[name], f'model.{name}', trust)
+    teachers = list(teachers_in(model))
+    for field, path in (*((f'teacher_ckpt{name}', weights) for name, _, weights in teachers),
+                        ('student_ckpt', model.get('student_ckpt'))):
+        if path:
+            yield from _missing_file(path, f'model.{field}', trust)
     if cfg.get('load_from'):
         yield from _missing_file(cfg.load_from, 'load_from', trust)
     if not model.get('student_ckpt'):
-        yield from _missing_of('architecture', model.get('architecture'), 'student', trust)
-    if model.get('allow_random_teacher') and not model.get('teacher_ckpt'):
-        yield from _missing_of('teacher', model.get('teacher'), 'teacher', trust)
+        yield from _missing_of('architecture', model.get('architecture'), 'student', 'student_ckpt', trust)
+    for name, teacher, weights in teachers:
+        if model.get('allow_random_teacher') and not weights:
+            yield from _missing_of(f'teacher{name}', teacher, 'teacher', f'teacher_ckpt{name}', trust)
     if 'architecture' not in model:
         yield from _missing_named(model, 'model', trust)
 
 
-def _missing_of(field: str, model: dict | None, whose: str, trust: bool) -> Iterator[str]:
-    """Checks the weights that the student's or the teacher's own config starts from."""
+def _missing_of(field: str, model: dict | None, whose: str, weights: str, trust: bool) -> Iterator[str]:
+    """Checks the weights that the student's or a teacher's own config starts from."""
     if not (model or {}).get('cfg_path'):
         yield from _missing_named(model or {}, f'model.{field}', trust)
         return
     # fields of a model by cfg_path cannot be set with --cfg-options
     for sentence in _missing_named(read_cfg_path(model.cfg_path, field).model, 'its', trust):
         yield (f'{sentence.split("; supply it")[0]}; supply the whole {whose} with --cfg-options '
-               f'model.{whose}_ckpt=PATH, or inherit its config')
+               f'model.{weights}=PATH, or inherit its config')
 
 
 def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterator[str]:

@@ -46,14 +46,19 @@ class DetectorGraph(nn.Module):
         super().__init__()
         self.network = model
         self.pixels = pixels
-        self.find = _rule(model.bbox_head)
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        limit = self.test_cfg.get('max_per_img', UNLIMITED)
+        return keep_best(*self.candidates(images, image_sizes), self.test_cfg.nms, limit if limit > 0 else UNLIMITED)
+
+    def candidates(self, images: Tensor, image_sizes: Tensor) -> Candidates:
         outputs = self.network(self.pixels(images, image_sizes), mode='tensor')
         head = self.network.bbox_head
-        candidates = self.find(head, outputs, image_sizes)
-        limit = head.test_cfg.get('max_per_img', UNLIMITED)
-        return keep_best(*candidates, head.test_cfg.nms, limit if limit > 0 else UNLIMITED)
+        return _rule(head)(head, outputs, image_sizes)
+
+    @property
+    def test_cfg(self) -> dict:
+        return self.network.bbox_head.test_cfg
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -61,17 +66,22 @@ def why_not(model: nn.Module) -> str | None:
     name = type(model).__name__
     head = getattr(model, 'bbox_head', None)
     if not isinstance(model, SingleStageDetector) or head is None:
-        return f'{name} is neither a classifier nor a detector of one stage with a box head'
+        return f'{name} is neither a classifier nor a detector of one or two stages with a box head'
     if _rule(head) is None:
         return f'the post-processing of {type(head).__name__} is its own, and is not known here'
     if getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False):
         return f'the scores of {type(head.loss_cls).__name__} are its own, and are not known here'
     if not isinstance(head, YOLOXHead) and type(head.bbox_coder) not in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder):
         return f'the boxes of {type(head.bbox_coder).__name__} are not decoded here'
-    nms = head.test_cfg.get('nms') or {}
+    return why_not_nms(head.test_cfg, 'test_cfg')
+
+
+def why_not_nms(test_cfg: dict, name: str) -> str | None:
+    """Returns why ONNX does not have the NMS of a configuration of this name, or None if it has."""
+    nms = test_cfg.get('nms') or {}
     odd = set(nms) - {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
     if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or odd:
-        return (f'test_cfg.nms is {dict(nms)}. ONNX has the plain one, dict(type=\'nms\', iou_threshold=...)')
+        return f'{name}.nms is {dict(nms)}. ONNX has the plain one, dict(type=\'nms\', iou_threshold=...)'
     return None
 
 
@@ -92,20 +102,19 @@ def dense_candidates(head: BaseDenseHead, outputs: tuple, image_sizes: Tensor) -
     """RetinaNet, FCOS, ATSS, RTMDet and others whose rule is ``BaseDenseHead``'s."""
     factors = outputs[2] if len(outputs) > 2 and outputs[2] is not None else [None] * len(outputs[0])
     levels = []
-    for scores, boxes, factor, priors in zip(*outputs[:2], factors, _priors(head, outputs[0]), strict=True):
+    for scores, boxes, factor, priors in zip(*outputs[:2], factors, priors_of(head, outputs[0]), strict=True):
         scores, labels, places = best_of_level(head, scores)
-        deltas = _take(_flat(boxes, 4), places)
-        boxes = head.bbox_coder.decode(priors[places].flatten(0, 1), deltas.flatten(0, 1)).reshape(deltas.shape)
+        boxes = boxes_at(head, boxes, priors, places)
         if factor is not None:
             scores = scores * _flat(factor, 1).squeeze(2).sigmoid().gather(1, places)  # -1 stays negative
         levels.append((boxes, scores, labels))
-    return _within(head, levels, image_sizes)
+    return within(head, levels, image_sizes)
 
 
 def gfl_candidates(head: GFLHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
     """GFL, whose four distances are each the mean of a distribution over strides."""
     levels = []
-    for scores, boxes, priors, stride in zip(*outputs, _priors(head, outputs[0]), head.prior_generator.strides,
+    for scores, boxes, priors, stride in zip(*outputs, priors_of(head, outputs[0]), head.prior_generator.strides,
                                              strict=True):
         scores, labels, places = best_of_level(head, scores)
         bins = _take(_flat(boxes, 4 * (head.reg_max + 1)), places)
@@ -113,7 +122,7 @@ def gfl_candidates(head: GFLHead, outputs: tuple, image_sizes: Tensor) -> Candid
         points = head.anchor_center(priors[places].flatten(0, 1))
         boxes = head.bbox_coder.decode(points, distances).reshape(*places.shape, 4)
         levels.append((boxes, scores, labels))
-    return _within(head, levels, image_sizes)
+    return within(head, levels, image_sizes)
 
 
 def yolox_candidates(head: YOLOXHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
@@ -137,13 +146,23 @@ def best_of_level(head: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tens
     Args:
         logits: of one level, (N, anchors * classes, H, W).
     """
-    logits = _flat(logits, head.cls_out_channels)
-    scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(2)[..., :-1]
+    scores = scores_of(head, logits).flatten(1)
     classes = head.cls_out_channels if head.use_sigmoid_cls else head.cls_out_channels - 1
-    scores = scores.flatten(1)
     scores = scores.masked_fill(scores <= head.test_cfg.get('score_thr', 0), -1)
     scores, index = top(scores, head.test_cfg.get('nms_pre', -1))
     return scores, index % classes, torch.div(index, classes, rounding_mode='floor')
+
+
+def scores_of(head: nn.Module, logits: Tensor) -> Tensor:
+    """Returns the scores (N, H * W * anchors, classes) of a level."""
+    logits = _flat(logits, head.cls_out_channels)
+    return logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(2)[..., :-1]
+
+
+def boxes_at(head: nn.Module, deltas: Tensor, priors: Tensor, places: Tensor) -> Tensor:
+    """Returns the boxes (N, K, 4) at ``places`` (N, K) of a level."""
+    deltas = _take(_flat(deltas, 4), places)
+    return head.bbox_coder.decode(priors[places].flatten(0, 1), deltas.flatten(0, 1)).reshape(deltas.shape)
 
 
 def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -152,12 +171,10 @@ def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.topk(torch.minimum(length, torch.tensor(count)) if count > 0 else length)
 
 
-def _within(head: BaseDenseHead, levels: list[tuple], image_sizes: Tensor) -> Candidates:
+def within(head: BaseDenseHead, levels: list[tuple], image_sizes: Tensor) -> Candidates:
     """Joins the levels, cuts boxes at the border of their image, and drops those that are too small."""
     boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))
-    if head.bbox_coder.clip_border:
-        limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)  # (N, 1, 4)
-        boxes = torch.minimum(boxes.clamp(min=0), limits)
+    boxes = inside(head, boxes, image_sizes)
     smallest = head.test_cfg.get('min_bbox_size', -1)
     if smallest >= 0:
         small = (boxes[..., 2:] - boxes[..., :2]).amin(2) <= smallest
@@ -165,7 +182,15 @@ def _within(head: BaseDenseHead, levels: list[tuple], image_sizes: Tensor) -> Ca
     return Candidates(boxes, scores, labels)
 
 
-def _priors(head: BaseDenseHead, levels: list[Tensor]) -> list[Tensor]:
+def inside(head: nn.Module, boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Cuts ``boxes`` (N, K, 4) at the border of their image, if the head's coder does."""
+    if not head.bbox_coder.clip_border:
+        return boxes
+    limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)  # (N, 1, 4)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def priors_of(head: BaseDenseHead, levels: list[Tensor]) -> list[Tensor]:
     return head.prior_generator.grid_priors([level.shape[-2:] for level in levels], dtype=levels[0].dtype,
                                             device=levels[0].device)
 

@@ -14,6 +14,8 @@ from .onnx_model import OnnxModel
 LAYERS = ('Conv', 'Gemm', 'MatMul')
 # Operations between two layers. In eight bits, a chain of layers needs no conversion to float
 _BETWEEN = ('Add', 'Clip', 'Concat', 'GlobalAveragePool', 'AveragePool', 'MaxPool', 'Relu', 'Resize')
+# Prefixes of the network's node names. A two-stage detector is traced part by part
+_NETWORK = ('/network/', '/backbone/', '/neck/', '/rpn_head/', '/shared_head/', '/bbox_head/')
 _WORST = 5  # layers in the error message
 _TRIED = 2  # batches to measure the cost of a layer on
 
@@ -29,8 +31,9 @@ def quantize(path: str, out: str, batches: list[dict], evaluate: Callable[[OnnxM
     float.
 
     The most costly layers can stay in float. The cost of a layer is the change of the network's outputs when only this
-    layer is quantised, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, averaged over outputs. If the
-    network drops by more than ``max_drop``, its 1, 2, 4, ... most costly layers, up to half of them, stay in float
+    layer is quantised, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, averaged over outputs. For a
+    layer of the first stage, outputs of the second stage do not count, because other proposals are other regions. If
+    the network drops by more than ``max_drop``, its 1, 2, 4, ... most costly layers, up to half of them, stay in float
     until the drop is small enough.
 
     Args:
@@ -101,7 +104,7 @@ class _Network:
 
         self.folder, self.batches = folder, batches[:_TRIED]
         self.model = load_model_with_shape_infer(path)
-        nodes = [node for node in self.model.graph.node if node.name.startswith('/network/')]
+        self.nodes = nodes = [node for node in self.model.graph.node if node.name.startswith(_NETWORK)]
         weights = {entry.name for entry in self.model.graph.initializer}
         self.layers = [node.name for node in nodes if node.op_type in LAYERS and node.input[1] in weights]
         if not self.layers:
@@ -111,8 +114,9 @@ class _Network:
         self.outputs = _boundary(self.model)
         # the network's outputs, which are not outputs of the whole graph
         probed = copy.deepcopy(self.model)
-        probed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.outputs
-                                   if name not in {entry.name for entry in probed.graph.output})
+        named = {entry.name for entry in probed.graph.output}
+        probed.graph.output.extend(entry for entry in self.model.graph.value_info
+                                   if entry.name in self.outputs and entry.name not in named)
         self.probed = probed
         onnx.save(self.model, str(folder / 'float.onnx'))
         calibrator = create_calibrator(folder / 'float.onnx', [*LAYERS, *_BETWEEN],
@@ -124,8 +128,16 @@ class _Network:
     def costs(self) -> dict[str, float]:
         """Returns, by layer, the relative change of the network's outputs when only this layer is quantised."""
         expected = self._outputs(self.probed)
-        return {layer: _change(self._outputs(self._quantized(self.probed, [layer])), expected)
+        return {layer: _change(self._outputs(self._quantized(self.probed, [layer])), expected, self._behind(layer))
                 for layer in self.layers}
+
+    def _behind(self, layer: str) -> list[bool]:
+        """Returns which outputs depend on a layer, through the network alone."""
+        tensors: set[str] = set()
+        for node in self.nodes:  # in the order of computation
+            if node.name == layer or tensors.intersection(node.input):
+                tensors.update(node.output)
+        return [name in tensors for name in self.outputs]
 
     def write(self, out: Path, exclude: list[str]) -> Path:
         import onnx
@@ -155,14 +167,15 @@ class _Network:
 
 def _boundary(model) -> list[str]:
     """Returns the outputs of the network: outputs of the graph, or inputs of operations outside the network."""
-    inside = {output for node in model.graph.node if node.name.startswith('/network/') for output in node.output}
-    read = {name for node in model.graph.node if not node.name.startswith('/network/') for name in node.input}
+    inside = {output for node in model.graph.node if node.name.startswith(_NETWORK) for output in node.output}
+    read = {name for node in model.graph.node if not node.name.startswith(_NETWORK) for name in node.input}
     read |= {entry.name for entry in model.graph.output}
     floats = {entry.name for entry in [*model.graph.value_info, *model.graph.output]
               if entry.type.tensor_type.elem_type == 1}
     return sorted(inside & read & floats)
 
 
-def _change(found: list[list[np.ndarray]], expected: list[list[np.ndarray]]) -> float:
-    return float(np.mean([np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-12)
-                          for ones, others in zip(found, expected) for one, other in zip(ones, others)]))
+def _change(found: list[list[np.ndarray]], expected: list[list[np.ndarray]], counts: list[bool]) -> float:
+    return float(np.mean([np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-12) if count else 0
+                          for ones, others in zip(found, expected)
+                          for one, other, count in zip(ones, others, counts)]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from mmengine.model import BaseModel
 from mmpretrain.models import ImageClassifier
 from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
@@ -21,6 +21,7 @@ from .evaluation import headline
 from .files import finished, refuse_existing
 from .onnx_model import OnnxModel, read_from_files
 from .pixels import Pixels
+from .two_stage_graph import TwoStageGraph, why_not_two_stages
 
 OPSET = 17
 POINTS = 0.1  # of 100, between the accuracy of ONNX Runtime and that of PyTorch
@@ -54,8 +55,8 @@ def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False
     model                      inputs                                            outputs
     =========================  ================================================  =================================
     classifier                 ``images``                                        ``scores`` (N, classes)
-    detector of one stage      ``images``, ``image_sizes`` (N, 2); H, W free     see :class:`DetectorGraph`
-    the same, ``raw``          ``images``, ``image_sizes`` (N, 2); H, W free     those of its head, a level each,
+    detector                   ``images``, ``image_sizes`` (N, 2); H, W free     see :class:`DetectorGraph`
+    of one stage, ``raw``      ``images``, ``image_sizes`` (N, 2); H, W free     those of its head, a level each,
                                                                                  such as ``cls_scores_0``
     =========================  ================================================  =================================
 
@@ -79,7 +80,9 @@ def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False
         StackError: onnx or onnxruntime is missing.
     """
     check_onnx(out, overwrite)
-    graph, free = _graph(model, batch, raw)
+    kind = graph_of(model, raw)
+    pixels = Pixels(model.data_preprocessor, batch['inputs'][0].shape[0], read_from_files(batch))
+    graph, free = kind(model, pixels).eval(), [0] if kind is ClassifierGraph else [0, 2, 3]
     inputs = OnnxModel.inputs_of(batch)
     names = _output_names(graph, inputs)
     with finished('--onnx', out, overwrite) as unfinished:
@@ -94,6 +97,32 @@ def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False
                              f'{headline(accuracy)[1]:.2f} with PyTorch, {POINTS:g} points apart are allowed; nothing '
                              'is written')
     return dict(input=given, outputs=names, agreement=agreement, accuracy=found)
+
+
+def graph_of(model: BaseModel, raw: bool = False) -> type[nn.Module]:
+    """Returns the class of a model's graph; ``raw`` as in :func:`export_onnx`.
+
+    Raises:
+        ValueError: the model has no such graph.
+    """
+    name = type(model).__name__
+    if isinstance(model, ImageClassifier):
+        if not isinstance(model.head, (ClsHead, MultiLabelClsHead)):
+            raise ValueError(f'--onnx: {name} with {type(model.head).__name__} does not end in one score a class, '
+                             'expected a ClsHead or MultiLabelClsHead. Export the student without --onnx')
+        return ClassifierGraph
+    has_raw = isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head')
+    if raw and has_raw:
+        return RawGraph
+    two_stages = isinstance(model, TwoStageDetector)
+    if raw and two_stages:
+        raise ValueError(f'--onnx-raw: {name} has two stages, and so not the outputs of one head. Leave it out')
+    reason = why_not_two_stages(model) if two_stages else why_not(model)
+    if reason:
+        raise ValueError(f'--onnx: {reason}. ' + ('Export its raw outputs with --onnx-raw, or the' if has_raw else
+                                                  'Export the') + ' whole with MMDeploy, from the student exported '
+                         'without --onnx, and its config')
+    return TwoStageGraph if two_stages else DetectorGraph
 
 
 class ClassifierGraph(nn.Module):
@@ -124,27 +153,6 @@ class RawGraph(nn.Module):
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
         outputs = self.network(self.pixels(images, image_sizes), mode='tensor')
         return tuple(x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor))
-
-
-def _graph(model: BaseModel, batch: dict, raw: bool) -> tuple[nn.Module, list[int]]:
-    """Returns the module to trace, and the dimensions of its images that are free."""
-    channels = batch['inputs'][0].shape[0]
-    pixels = Pixels(model.data_preprocessor, channels, read_from_files(batch))
-    name = type(model).__name__
-    if isinstance(model, ImageClassifier):
-        if not isinstance(model.head, (ClsHead, MultiLabelClsHead)):
-            raise ValueError(f'--onnx: {name} with {type(model.head).__name__} does not end in one score a class, '
-                             'expected a ClsHead or MultiLabelClsHead. Export the student without --onnx')
-        return ClassifierGraph(model, pixels).eval(), [0]
-    has_raw = isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head')
-    if raw and has_raw:
-        return RawGraph(model, pixels).eval(), [0, 2, 3]
-    reason = why_not(model)
-    if reason:
-        raise ValueError(f'--onnx: {reason}. ' + ('Export its raw outputs with --onnx-raw, or the' if has_raw else
-                                                  'Export the') + ' whole with MMDeploy, from the exported student and '
-                         'its config')
-    return DetectorGraph(model, pixels).eval(), [0, 2, 3]
 
 
 def _output_names(graph: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_model
 from ..config.preflight import missing_inputs
+from ..config.teachers import names_of
 from .sample_batch import as_tested
 from .student import plain_config
 
@@ -30,6 +31,10 @@ def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
     A teacher without its own preprocessor gets the student's.
     """
     plain = plain_config(cfg)
+    names = names_of(cfg.model.get('teacher'))
+    if names != ['']:
+        raise ValueError(f'CONFIG: expected a single teacher, got several: {", ".join(names)}. Pass the config of the '
+                         'teacher that labels')
     model = cfg.model.teacher if 'architecture' in cfg.model else cfg.model
     if not model.get('cfg_path'):
         model = dict(model)

@@ -12,6 +12,7 @@ from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_cfg_path
 from ..config.metafile import metafile_metrics
+from ..config.teachers import teachers_in
 from .cost import latency, size
 from .evaluation import evaluate
 from .onnx_model import OnnxModel
@@ -34,9 +35,9 @@ class Report:
     Attributes:
         models: by name, models with a ``test_step``.
         found: by name, the results. ``latency_ms`` is from pixels to detections or scores, with post-processing;
-            ``file_bytes`` is the size of the weights alone; ``accuracy`` is by metric. The teacher is None if the
-            config has none, and ``dict(missing=...)`` if its config is missing. Its accuracy is evaluated or taken from
-            its library's metafile; ``accuracy_from`` tells which.
+            ``file_bytes`` is the size of the weights alone; ``accuracy`` is by metric. Several teachers are
+            ``teacher.NAME``. The teacher is None if the config has none, and ``dict(missing=...)`` if its config is
+            missing. Its accuracy is evaluated or taken from its library's metafile; ``accuracy_from`` tells which.
     """
 
     def __init__(self, cfg: Config, exported: str, batch: dict, baseline: str | None = None,
@@ -45,13 +46,14 @@ class Report:
         self.plain = plain_config(cfg)
         self.one = {key: values[:1] for key, values in batch.items()}
         self.models: dict[str, nn.Module] = {}
-        self.found: dict[str, dict | None] = dict(teacher=None)
-        self.teacher_has_weights = False
-        if 'teacher' in cfg.model:
+        teachers = {f'teacher{name}': (teacher, weights) for name, teacher, weights in teachers_in(cfg.model)}
+        self.found: dict[str, dict | None] = {} if teachers else dict(teacher=None)
+        self.without_weights: set[str] = set()  # teachers
+        for name, (teacher, weights) in teachers.items():
             try:
-                self._add_teacher()
+                self._add_teacher(name, teacher, weights or '')
             except ValueError as error:
-                self.found['teacher'] = dict(missing=str(error))
+                self.found[name] = dict(missing=str(error))
         if baseline:
             self._add('baseline', build_student(cfg, baseline, trust_checkpoint).eval())
         self._add('student', build_student(cfg, exported, trust_checkpoint).eval(), exported)
@@ -75,7 +77,7 @@ class Report:
     def evaluate_all(self) -> None:
         """Evaluates all models. A teacher without weights gets the accuracy in its library's metafile, if any."""
         for name in self.models:
-            if name != 'teacher' or self.teacher_has_weights:
+            if name not in self.without_weights:
                 self.evaluate(name)
 
     def time(self) -> None:
@@ -88,7 +90,8 @@ class Report:
         """Returns the report as rows of :data:`COLUMNS`."""
         return [[label, f'{found["params"]:,}', f'{found["flops"]:,}', f'{found["latency_ms"]:.1f}',
                  f'{found["latency_p95_ms"]:.1f}', f'{found["file_bytes"]:,}', _accuracy_text(found)]
-                for name, label in LABELS.items() if 'params' in (found := self.found.get(name) or {})]
+                for name, found in sorted(self.found.items(), key=_place) if 'params' in (found or {})
+                for label in [LABELS.get(name) or name.replace('.', ' ')]]
 
     def _add(self, name: str, model: BaseModel, file: str | None = None) -> None:
         with torch.no_grad():
@@ -97,16 +100,27 @@ class Report:
         self.found[name] = dict(costs, accuracy=None, file_bytes=(
             Path(file).stat().st_size if file else _file_bytes(model)))
 
-    def _add_teacher(self) -> None:
-        teacher = _build_teacher(self.cfg, self.trust).eval()
-        weights = self.cfg.model.get('teacher_ckpt') or ''
+    def _add_teacher(self, name: str, config: dict, weights: str) -> None:
+        teacher = self._build_teacher(name, config).eval()
         if Path(weights).is_file():
-            load_completely(teacher, weights, 'teacher_ckpt', self.trust)
-            self.teacher_has_weights = True
-        self._add('teacher', teacher)
-        known = metafile_metrics(str(self.cfg.model.teacher.get('cfg_path')))
+            load_completely(teacher, weights, name.replace('teacher', 'teacher_ckpt', 1), self.trust)
+        else:
+            self.without_weights.add(name)
+        self._add(name, teacher)
+        known = metafile_metrics(str(config.get('cfg_path')))
         if known:
-            self.found['teacher'].update(accuracy=known, accuracy_from='metafile')
+            self.found[name].update(accuracy=known, accuracy_from='metafile')
+
+    def _build_teacher(self, name: str, config: dict) -> BaseModel:
+        if config.get('cfg_path'):
+            return build_cfg_path(config.cfg_path, name, trust_checkpoint=self.trust)
+        init_default_scope(self.cfg.get('default_scope', 'mmengine'))
+        with data_only(self.trust):
+            return MODELS.build(config)
+
+
+def _place(found: tuple[str, dict]) -> int:
+    return list(LABELS).index(found[0].partition('.')[0])
 
 
 def _accuracy_text(found: dict) -> str:
@@ -114,15 +128,6 @@ def _accuracy_text(found: dict) -> str:
         return 'not evaluated'
     text = ', '.join(f'{name} {value:g}' for name, value in list(found['accuracy'].items())[:2])
     return text + (' (metafile)' if found.get('accuracy_from') == 'metafile' else '')
-
-
-def _build_teacher(cfg: Config, trust_checkpoint: bool) -> BaseModel:
-    teacher = cfg.model.teacher
-    if teacher.get('cfg_path'):
-        return build_cfg_path(teacher.cfg_path, 'teacher', trust_checkpoint=trust_checkpoint)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with data_only(trust_checkpoint):
-        return MODELS.build(teacher)
 
 
 def _file_bytes(model: BaseModel) -> int:

@@ -1,7 +1,7 @@
 """Running a model with MMRazor's recorders, only as far as they read."""
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -75,6 +75,14 @@ def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: st
         if source not in known:
             raise UnknownLayerError(f'{field}.{name}: {type(model).__name__} has no {source!r}; '
                                     f'{closest(source, filter(None, known))}', model, source)
+
+
+def merged(managers: Mapping[str, RecorderManager]) -> RecorderManager:
+    """Returns a manager of the recorders of all ``managers`` of one model, under ``NAME.RECORDER``."""
+    whole = RecorderManager()
+    whole.recorders.update({f'{name}.{key}': recorder for name, manager in managers.items()
+                            for key, recorder in manager.recorders.items()})
+    return whole
 
 
 class _Recorded(Exception):

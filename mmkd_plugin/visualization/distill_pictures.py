@@ -16,6 +16,7 @@ from mmrazor.models.task_modules import RecorderManager
 from torch import Tensor, nn
 
 from ..models.algorithms import TeacherStudentDistill
+from ..models.algorithms.frozen_teacher import FrozenTeacher
 from ..models.algorithms.teacher_inputs import reverses_channels
 from ..models.area_detectors.heatmap_anchor import level_stride
 from ..models.losses import AMDLoss, amd_logits
@@ -43,17 +44,19 @@ def check_drawable(model: nn.Module) -> None:
     if not isinstance(model, TeacherStudentDistill):
         raise ValueError('DistillVisualizationHook: needs a model of type mmkd_plugin.TeacherStudentDistill, got '
                          f'{type(model).__name__}. Remove the hook')
-    if not getattr(model.distiller, 'layers', ()):
-        raise ValueError(f'DistillVisualizationHook: {type(model.distiller).__name__} has no layers, so there are no '
-                         'feature maps to draw. Use a FeatureDistiller, AMDDistiller or SoKDDistiller with '
-                         'layers=[...], or remove the hook')
+    distillers = [teacher.distiller for teacher in model.teachers.values()]
+    if not any(getattr(distiller, 'layers', ()) for distiller in distillers):
+        raise ValueError(f'DistillVisualizationHook: {", ".join(type(each).__name__ for each in distillers)} has no '
+                         'layers, so there are no feature maps to draw. Use a FeatureDistiller, AMDDistiller or '
+                         'SoKDDistiller with layers=[...], or remove the hook')
 
 
 def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None,
          image_shape: tuple[int, int]) -> list[MapView]:
     """Returns a view of each map of the distiller's layers. The networks run only as far as these layers.
 
-    The teacher's features are not augmented. The state of the model does not change if it is in eval mode.
+    The teacher's features are not augmented. The state of the model does not change if it is in eval mode. With
+    several teachers, the maps are in the order of the teachers.
 
     Args:
         model: the algorithm.
@@ -61,21 +64,28 @@ def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None
         data_samples: those of the image, from the preprocessor.
         image_shape: (h, w) of the image in the upper left of the padded ``inputs``.
     """
-    distiller = model.distiller
+    return [view for teacher in model.teachers.values() if getattr(teacher.distiller, 'layers', ())
+            for view in _look(model.student, teacher, inputs, data_samples, image_shape)]
+
+
+def _look(student: nn.Module, teacher: FrozenTeacher, inputs: Tensor, data_samples: list | None,
+          image_shape: tuple[int, int]) -> list[MapView]:
+    distiller = teacher.distiller
     views = []
     try:
-        _record(model.student, distiller.student_recorders, distiller.calls(True), inputs, data_samples)
-        _record(model.teacher, distiller.teacher_recorders, distiller.calls(False),
-                *model.teacher_batch(inputs, data_samples))
+        _record(student, distiller.student_recorders, distiller.calls(True), inputs, data_samples)
+        _record(teacher.network, distiller.teacher_recorders, distiller.calls(False),
+                *teacher.batch(inputs, data_samples))
         for layer in distiller.layers:
             s_maps, t_maps = distiller.maps(layer, True), distiller.maps(layer, False)
             found = getattr(distiller, 'detect_areas', lambda layer: None)(layer) or [None] * len(t_maps)
             for level, (s_map, t_map, areas) in enumerate(zip(s_maps, t_maps, found)):
-                name = layer + (f', level {level}' if len(t_maps) > 1 else '')
+                name = (f'{teacher.name}: ' if teacher.name else '') + layer + (
+                    f', level {level}' if len(t_maps) > 1 else '')
                 amd = _amd_of(distiller, layer, level)
                 views.append(_view(name, s_map, t_map, areas, amd, inputs.shape[2:], image_shape))
     finally:
-        model._forget_records()
+        teacher.forget_records()
     return views
 
 

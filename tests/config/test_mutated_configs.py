@@ -132,6 +132,7 @@ def test_what_is_mutated_trains(name):
     assert finite(step(name, config(name)))
 
 
+@pytest.mark.slow
 @settings(max_examples=500, derandomize=True, deadline=None, database=None, report_multiple_bugs=True,
           suppress_health_check=list(HealthCheck))
 @given(mutations())

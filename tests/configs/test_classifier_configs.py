@@ -60,22 +60,27 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sweep.CLASSIFIERS, ids=lambda path: path.stem)
 def test_one_step_of_what_the_name_says(config, roots, tmp_path):
     model = sweep.check(config, options(config, roots), tmp_path).model
     method, others, teacher, student, data = parts_of(config)
-    assert [count(model.teacher), count(model.student)] == [PARAMETERS[data][name] for name in (teacher, student)]
-    losses = {type(loss).__name__ for loss in model.distiller.distill_losses.values()}
+    networks = [each.network for each in model.teachers.values()]
+    assert [count(network) for network in (*networks, model.student)] == [
+        PARAMETERS[data][name] for name in (*teacher.split('+'), student)]
     beside = {BASES[name] for name in others if name in BASES}
-    if method == 'amd':
-        assert losses == beside | {'AMDLoss'}
-        amd = [loss for loss in model.distiller.distill_losses.values() if type(loss).__name__ == 'AMDLoss']
-        assert len(amd) == 3 and {loss.local_grid for loss in amd} == {2 if 'local' in others else 1}
-        assert model.student.head.loss_module.loss_weight == (0.1 if 'kd' in others else 1.0)
-    else:
-        assert losses == beside and model.distiller.dafa is not None and len(model.distiller.dams)
+    for distiller in [each.distiller for each in model.teachers.values()]:
+        losses = {type(loss).__name__ for loss in distiller.distill_losses.values()}
+        if method == 'amd':
+            assert losses == beside | {'AMDLoss'}
+            amd = [loss for loss in distiller.distill_losses.values() if type(loss).__name__ == 'AMDLoss']
+            assert len(amd) == 3 and {loss.local_grid for loss in amd} == {2 if 'local' in others else 1}
+            assert model.student.head.loss_module.loss_weight == (0.1 if 'kd' in others else 1.0)
+        else:
+            assert losses == beside and distiller.dafa is not None and len(distiller.dams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', sweep.ALONE, ids=lambda path: path.stem)
 def test_a_network_alone_trains(config, roots, tmp_path):
     cfg = Config.fromfile(config)

@@ -61,13 +61,14 @@ def test_a_name_to_start_from_is_another_name_of_one_config(name):
     assert cfg.to_dict() == Config.fromfile(Path('configs') / base).to_dict()
 
 
+@pytest.mark.slow
 @detectors
 def test_one_step(config, options, tmp_path):
     model = sweep.check(config, options, tmp_path).model
     base = parts_of(config)[1]
     losses = {type(loss).__name__ for loss in model.distiller.distill_losses.values()}
     assert losses == ({BASES[base]} if base else {'AMDLoss'})
-    renormalize = model.__dict__['_teacher_inputs']
+    renormalize = model.teachers[''].inputs
     assert (renormalize is not None) == ('fcos_r101_retinanet' in config.stem)
     assert renormalize is None or renormalize.reverse  # a caffe-style teacher sees BGR
 

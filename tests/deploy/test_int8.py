@@ -7,7 +7,7 @@ import torch
 from conftest import classifier, retinanet
 from mmengine.config import Config
 from mmpretrain.structures import DataSample
-from test_onnx_export import images, lively
+from test_onnx_export import faster_rcnn, images, lively
 
 from mmkd_plugin.datasets.digits import make_digits
 from mmkd_plugin.deploy.calibration import calibration_batches
@@ -90,15 +90,28 @@ def test_what_loses_more_is_refused_with_the_layers_that_cost_most(graph, tmp_pa
         quantize(str(graph), str(tmp_path / 'a.onnx'), BATCHES, evaluate, FULL)
 
 
-def test_a_detector_keeps_its_decoding_and_nms_in_float(build, tmp_path):
-    model = lively(build(retinanet()))
+def two_levels():
+    """Faster R-CNN on the first two stages of a backbone."""
+    model = faster_rcnn()
+    model.backbone.out_indices = (0, 1)
+    model.neck.update(in_channels=[8, 16], num_outs=2)
+    model.rpn_head.anchor_generator.strides = model.roi_head.bbox_roi_extractor.featmap_strides = [4, 8]
+    return model
+
+
+@pytest.mark.parametrize('model', [retinanet, two_levels])
+def test_a_detector_keeps_its_decoding_and_nms_in_float(build, tmp_path, model):
+    model = lively(build(model()))
     export_onnx(model, SCENES[0], str(tmp_path / 'a.onnx'))
-    quantize(str(tmp_path / 'a.onnx'), str(tmp_path / 'b.onnx'), SCENES, lambda _: {'coco/bbox_mAP': 0.4},
-             {'coco/bbox_mAP': 0.405})
+    found = quantize(str(tmp_path / 'a.onnx'), str(tmp_path / 'b.onnx'), SCENES, lambda _: {'coco/bbox_mAP': 0.4},
+                     {'coco/bbox_mAP': 0.405})
+    assert max(found['costs'].values()) < 0.03  # other proposals would change what is behind them by tenths
     model = onnx.load(str(tmp_path / 'b.onnx'))
     produced = {name: node for node in model.graph.node for name in node.output}
     quantised = [produced[node.input[0]].name for node in model.graph.node if node.op_type == 'QuantizeLinear']
-    assert len(quantised) > 20 and all(name.startswith(('/network/', '/pixels/')) for name in quantised)
+    parts = {name.split('/')[1] for name in quantised}
+    assert len(quantised) > 20 and parts in ({'pixels', 'network'},
+                                             {'pixels', 'backbone', 'neck', 'rpn_head', 'bbox_head'})
     assert any(node.op_type == 'NonMaxSuppression' for node in model.graph.node)
     boxes, scores, labels = OnnxModel(tmp_path / 'b.onnx').run(SCENES[0])
     wanted = OnnxModel(tmp_path / 'a.onnx').run(SCENES[0])[1]

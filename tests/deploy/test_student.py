@@ -255,6 +255,16 @@ def test_what_would_stop_it_is_said_before_anything_is_written(options, message,
     assert [path.name for path in tmp_path.iterdir()] == ['student.html']
 
 
+def test_a_model_without_a_graph_is_refused_before_anything_is_written(tmp_path, export):
+    config = 'configs/benchmarks/digits/retinanet_r18-c16_digits-300.py'
+    init_default_scope('mmdet')
+    torch.save(MODELS.build(Config.fromfile(config).model).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match='--onnx: test_cfg.nms is .*soft_nms'):
+        export(config, tmp_path / 'a.pth', tmp_path / 'student.pth', '--onnx', '--cfg-options',
+               'model.test_cfg.nms.type=soft_nms')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
 def test_a_torn_checkpoint_or_an_existing_file_leaves_nothing_behind(averaged, tmp_path):
     cfg, _, work_dir = averaged
     whole = (work_dir / 'epoch_3.pth').read_bytes()

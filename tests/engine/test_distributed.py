@@ -34,15 +34,17 @@ def gather(tensor):
 
 def train(rank, distiller):
     torch.manual_seed(0)
+    teacher = retinanet(16) if 'type' in distiller else {name: retinanet(16) for name in distiller}
     model = MODELS.build(dict(
-        type='mmkd_plugin.TeacherStudentDistill', architecture=retinanet(8), teacher=retinanet(16),
+        type='mmkd_plugin.TeacherStudentDistill', architecture=retinanet(8), teacher=teacher,
         allow_random_teacher=True, distiller=distiller))
     parallel = MMDistributedDataParallel(model, broadcast_buffers=False).train()
     wrapper = build_optim_wrapper(parallel, dict(
         optimizer=dict(type='SGD', lr=1e-4, momentum=0.9), policy=dict(type='Adam', lr=0.1),
         constructor='mmkd_plugin.PolicyOptimWrapperConstructor'))
     torch.manual_seed(rank + 1)  # other images on each
-    start = model.distiller.dafa.alpha.clone()
+    policies = [module for module in model.modules() if isinstance(module, DAFA)]
+    start = [policy.alpha.clone() for policy in policies]
 
     def steps(count, pairs=False):
         for _ in range(count):
@@ -53,15 +55,16 @@ def train(rank, distiller):
 
     steps(3)
     steps(1, pairs=True)
-    assert (start != model.distiller.dafa.alpha).any()
-    model.distiller.dafa.freeze()
-    frozen = model.distiller.dafa.alpha.clone()
+    for policy, old in zip(policies, start, strict=True):
+        assert (policy.alpha != old).any()
+        policy.freeze()
+    frozen = [policy.alpha.clone() for policy in policies]
     steps(2)
     steps(1, pairs=True)
     model.distillation_stopped = True
     steps(2)
-    assert torch.equal(frozen, model.distiller.dafa.alpha)
-    assert gather(model.distiller.dafa.num_draws) == [7, 7]
+    for policy, old in zip(policies, frozen):
+        assert torch.equal(old, policy.alpha) and gather(policy.num_draws) == [7, 7]
 
 
 def equals_one_process(rank, distiller, unlabelled=False):
@@ -156,7 +159,7 @@ def work(rank, port):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     init_default_scope('mmdet')
-    for distiller in (SOKD, ALIGNED):
+    for distiller in (SOKD, ALIGNED, dict(big=SOKD, other=ALIGNED)):
         train(rank, distiller)
     all_stop_when_one_has_no_number(rank)
     policies_search_alike(rank)

@@ -88,6 +88,7 @@ def start(*arguments, log):
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RUNS)
 def test_killed_again_and_again(name, data, tmp_path):
     config, log = tmp_path / 'config.py', tmp_path / 'log'

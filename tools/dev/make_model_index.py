@@ -5,6 +5,8 @@ from pathlib import Path
 import yaml
 from mmengine.config import Config
 
+from mmkd_plugin.config.teachers import teachers_in
+
 ROOT = Path(__file__).parents[2]
 NOT_MEASURED = 'Results of the paper, not measured here'
 DATA = {'coco': 'COCO', 'imagenet': 'ImageNet-1k', 'cifar100': 'CIFAR-100', 'cifar10': 'CIFAR-10'}
@@ -55,13 +57,16 @@ def distillations(folder: str) -> list[Path]:
 def entry(file: Path, method: str) -> dict:
     """Returns a config's entry for OpenMMLab's tools."""
     cfg = Config.fromfile(file)
-    path = cfg.model.teacher.cfg_path
-    teacher = dict(Config=path if '::' in path else relative(Path(path)))
-    if '://' in cfg.model.teacher_ckpt:  # otherwise the user trains it first
-        teacher['Weights'] = cfg.model.teacher_ckpt
+    teachers = []
+    for _, teacher, weights in teachers_in(cfg.model):
+        path = teacher.cfg_path
+        teachers.append(dict(Config=path if '::' in path else relative(Path(path))))
+        if '://' in weights:  # otherwise the user trains it first
+            teachers[-1]['Weights'] = weights
     out = {'Name': file.stem, 'In Collection': method, 'Config': relative(file), 'Metadata': {
         'Training Data': data(cfg, file), 'Epochs': cfg.train_cfg.max_epochs,
-        'Student': dict(Config=student(file)), 'Teacher': teacher}}
+        'Student': dict(Config=student(file)),
+        **(dict(Teacher=teachers[0]) if len(teachers) == 1 else dict(Teachers=teachers))}}
     if file.stem in PAPER_RESULTS:
         out['Metadata'][NOT_MEASURED] = PAPER_RESULTS[file.stem]
     return out
@@ -101,10 +106,15 @@ def table(models: list[dict]) -> str:
         paper = model['Metadata'].get(NOT_MEASURED)
         if paper:
             what += f' {NOT_MEASURED}: {", ".join(f"{name} {value}" for name, value in paper.items())}.'
-        networks = [model['Metadata'][role]['Config'] for role in ('Teacher', 'Student')]
-        names = [Path(path).stem if '::' in path else path for path in networks]
-        lines.append(f'| `{model["Config"]}` | {what} | `{names[0]}` | `{names[1]}` |')
+        metadata = model['Metadata']
+        teachers = ', '.join(map(shown, metadata.get('Teachers') or [metadata['Teacher']]))
+        lines.append(f'| `{model["Config"]}` | {what} | {teachers} | {shown(metadata["Student"])} |')
     return '\n'.join(lines) + '\n'
+
+
+def shown(network: dict) -> str:
+    path = network['Config']
+    return f'`{Path(path).stem if "::" in path else path}`'
 
 
 def first_sentence(file: Path) -> str:

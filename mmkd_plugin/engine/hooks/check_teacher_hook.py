@@ -7,6 +7,7 @@ from mmengine.runner import Runner, autocast
 from mmengine.runner.loops import ValLoop
 
 from ...config.metafile import metafile_metrics
+from ...config.teachers import teachers_in
 from ...models.algorithms import TeacherStudentDistill
 from ...models.algorithms.inherit import num_classes
 from ...models.recording import undisturbed
@@ -25,8 +26,9 @@ class CheckTeacherHook(Hook):
     next to the known ones. ``tools/train.py --check-teacher`` adds this hook. The hook does not change the training.
 
     Args:
-        expected: known metrics by the evaluator's name, such as ``{'coco/bbox_mAP': 0.365}``. If the teacher is a
-            config of MMDetection or MMPretrain by ``cfg_path``, the default is the metrics in its metafile.
+        expected: known metrics by the evaluator's name, such as ``{'coco/bbox_mAP': 0.365}``, or with several teachers
+            ``{'NAME.coco/bbox_mAP': 0.365}``. If the teacher is a config of MMDetection or MMPretrain by ``cfg_path``,
+            the default is the metrics in its metafile.
 
     Raises:
         ValueError: ``expected`` is not a dict of numbers; at the start of training: there is no teacher or no
@@ -38,9 +40,9 @@ class CheckTeacherHook(Hook):
             raise ValueError(f'CheckTeacherHook.expected must be a dict of metrics by name, got {expected!r}')
         self.expected = {name: check_number(f'CheckTeacherHook.expected[{name!r}]', value)
                          for name, value in (expected or {}).items()}
-        self.teacher: dict[str, float] = {}
+        self.teachers: dict[str, dict[str, float]] = {}  # metrics by name
         self.best: float | None = None
-        self.told = False
+        self.told: set[str] = set()
 
     def before_train(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -49,52 +51,64 @@ class CheckTeacherHook(Hook):
         if runner._val_loop is None:
             raise ValueError('CheckTeacherHook: needs a validation set to evaluate the teacher, but the config has no '
                              'val_dataloader, val_evaluator and val_cfg')
-        classes = num_classes(model.student), num_classes(model.teacher)
-        if classes[0] != classes[1]:
-            raise ValueError(f'CheckTeacherHook: the validation set has the student\'s {classes[0]} classes, and the '
-                             f'teacher has {classes[1]}')
-        with undisturbed(model):
-            metrics = evaluate_teacher(model, runner.val_loop)
-        self.teacher = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-        self._compare_with_known(runner)
+        for teacher in model.teachers.values():
+            classes = num_classes(model.student), num_classes(teacher.network)
+            if classes[0] != classes[1]:
+                raise ValueError(f'CheckTeacherHook: the validation set has the student\'s {classes[0]} classes, and '
+                                 f'{teacher.title} has {classes[1]}')
+        configs = {name.removeprefix('.'): config for name, config, _ in teachers_in(runner.cfg.get('model', {}))}
+        for name, teacher in model.teachers.items():
+            with undisturbed(model):
+                metrics = evaluate_teacher(model, runner.val_loop, name)
+            self.teachers[name] = {metric: float(value) for metric, value in metrics.items()
+                                   if isinstance(value, (int, float))}
+            known, source = {metric.removeprefix(teacher.prefix): value for metric, value in self.expected.items()
+                             if metric.startswith(teacher.prefix)}, 'expected'
+            if not known and isinstance(configs.get(name), dict):
+                known, source = metafile_metrics(str(configs[name].get('cfg_path'))), 'in its metafile'
+            self._compare_with_known(runner, _title(name), self.teachers[name], known, source)
 
-    def _compare_with_known(self, runner: Runner) -> None:
-        known, source = self.expected, 'expected'
-        if not known:
-            teacher = runner.cfg.get('model', {}).get('teacher', {})
-            known, source = metafile_metrics(str(teacher.get('cfg_path'))), 'in its metafile'
-        if not self.teacher:
-            runner.logger.warning('The teacher finds nothing in the validation set.')
-        for name, value in self.teacher.items():
+    def _compare_with_known(self, runner: Runner, title: str, found: dict[str, float], known: dict[str, float],
+                            source: str) -> None:
+        if not found:
+            runner.logger.warning(f'{title} finds nothing in the validation set.')
+        for name, value in found.items():
             beside = f', {source}: {known[name]:.4g}' if name in known else ''
-            runner.logger.info(f'The teacher on the validation set: {name}: {value:.4g}{beside}')
+            runner.logger.info(f'{title} on the validation set: {name}: {value:.4g}{beside}')
             if name in known and not value >= known[name] * (1 - _SLACK):
                 runner.logger.warning(
-                    f'The teacher reaches {name} {value:.4g}, not the {known[name]:.4g} {source}. Check that the '
+                    f'{title} reaches {name} {value:.4g}, not the {known[name]:.4g} {source}. Check that the '
                     'checkpoint is right, that its classes are in the order of the data, that normalisation, channel '
                     'order and image size are those of the teacher, and that the known metric is of this data.')
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Compares the first metric that student and teacher share; MMEngine's ``save_best='auto'`` takes it too."""
-        name = next((name for name in metrics or {} if name in self.teacher and 'loss' not in name), None)
+        """Compares the first metric that student and teachers share; MMEngine's ``save_best='auto'`` takes it too."""
+        name = next((name for name in metrics or {} if 'loss' not in name
+                     and any(name in found for found in self.teachers.values())), None)
         if name is None or not isfinite(metrics[name]):
             return
         self.best = metrics[name] if self.best is None else max(self.best, metrics[name])
-        if self.best >= self.teacher[name] and not self.told:
-            self.told = True
-            runner.logger.warning(
-                f'The teacher, {name} {self.teacher[name]:.4g}, is no better than the student\'s best, '
-                f'{self.best:.4g}. Use a better teacher, or end the distillation with mmrazor.StopDistillHook.')
+        for teacher, found in self.teachers.items():
+            if teacher not in self.told and name in found and self.best >= found[name]:
+                self.told.add(teacher)
+                runner.logger.warning(
+                    f'{_title(teacher)}, {name} {found[name]:.4g}, is no better than the student\'s best, '
+                    f'{self.best:.4g}. Use a better teacher, or end the distillation with mmrazor.StopDistillHook.')
 
 
-def evaluate_teacher(model: TeacherStudentDistill, loop: ValLoop) -> dict[str, float]:
-    """Returns the metrics of the teacher on the data of ``loop``, with images prepared as in the distillation.
+def _title(name: str) -> str:
+    return f'Teacher {name!r}' if name else 'The teacher'
+
+
+def evaluate_teacher(model: TeacherStudentDistill, loop: ValLoop, name: str = '') -> dict[str, float]:
+    """Returns the metrics of a teacher on the data of ``loop``, with images prepared as in the distillation.
 
     The caller must set eval mode and restore random states.
     """
+    teacher = model.teachers[name]
     for batch in loop.dataloader:
         with autocast(enabled=getattr(loop, 'fp16', False)):
             data = model.data_preprocessor(batch, False)
-            outputs = model.teacher(*model.teacher_batch(data['inputs'], data['data_samples']), mode='predict')
+            outputs = teacher.network(*teacher.batch(data['inputs'], data['data_samples']), mode='predict')
         loop.evaluator.process(data_samples=outputs, data_batch=batch)
     return loop.evaluator.evaluate(len(loop.dataloader.dataset))

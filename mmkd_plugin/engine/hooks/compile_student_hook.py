@@ -39,7 +39,9 @@ class CompileStudentHook(Hook):
 
 def compile_student(model: BaseAlgorithm, backend: str = 'inductor') -> list[str]:
     """Compiles the parts that :class:`CompileStudentHook` compiles, and returns their names."""
-    recorded = {recorder.source for recorder in model.distiller.student_recorders.recorders.values()}
+    distillers = model.distiller.values() if isinstance(model.distiller, nn.ModuleDict) else [model.distiller]
+    recorded = {recorder.source for distiller in distillers
+                for recorder in distiller.student_recorders.recorders.values()}
     parts = dict(_parts(model.student, recorded))
     for part in parts.values():
         part.forward = torch.compile(part.forward, backend=backend)

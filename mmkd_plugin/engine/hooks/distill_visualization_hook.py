@@ -28,6 +28,8 @@ class DistillVisualizationHook(Hook):
         With DAFA: the probability that an operation is applied to a batch, and the entropy of the selection, over the
         iterations. The curves continue after a resume and end with the search.
 
+    With several teachers, the pictures have the rows of each, and each policy is ``distill_policy_NAME``.
+
     The hook draws before training, every ``interval`` iterations and after the last one. It runs its own forward
     passes in eval mode and float32. Training stays bit-identical, and there is no cost between pictures. The
     probabilities and their iterations are also in the message hub, as ``policy_history``.
@@ -59,11 +61,13 @@ class DistillVisualizationHook(Hook):
         self.batches = [loader.collate_fn([item]) for item in items]
         self.images = [rgb_image(item, self.model.data_preprocessor) for item in items]
         self.names = [Path(path_of(item) or f'image {i} of the validation set').name for i, item in enumerate(items)]
-        self.policy = getattr(self.model.distiller, 'dafa', None)
-        self.history = runner.message_hub.get_info(_HISTORY) or dict(states={}, frozen=None)
+        self.policies = {f'_{name}' if name else '': teacher.policy for name, teacher in self.model.teachers.items()
+                         if teacher.policy is not None}
+        self.histories = {name: runner.message_hub.get_info(_HISTORY + name) or dict(states={}, frozen=None)
+                          for name in self.policies}
         self._draw_images(runner, runner.iter)
-        if self.policy is not None:
-            self._draw_policy(runner, runner.iter)
+        for name in self.policies:
+            self._draw_policy(runner, name, runner.iter)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
@@ -72,11 +76,12 @@ class DistillVisualizationHook(Hook):
         due = self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)
         if due:
             self._draw_images(runner, runner.iter + 1)
-        if self.policy is not None and self.history['frozen'] is None:
-            if self.policy.frozen:
-                self._draw_policy(runner, runner.iter)  # frozen before this iteration
-            elif due:
-                self._draw_policy(runner, runner.iter + 1)
+        for name, policy in self.policies.items():
+            if self.histories[name]['frozen'] is None:
+                if policy.frozen:
+                    self._draw_policy(runner, name, runner.iter)  # frozen before this iteration
+                elif due:
+                    self._draw_policy(runner, name, runner.iter + 1)
 
     def _draw_images(self, runner: Runner, iteration: int) -> None:
         for i, (batch, image, name) in enumerate(zip(self.batches, self.images, self.names)):
@@ -86,9 +91,10 @@ class DistillVisualizationHook(Hook):
             picture = draw_views(image, views, f'{name}, after {iteration} iterations')
             runner.visualizer.add_image(f'distill_{i}', picture, iteration)
 
-    def _draw_policy(self, runner: Runner, iteration: int) -> None:
-        if self.history['frozen'] is None:
-            self.history['states'][iteration] = self.policy.state()
-            self.history['frozen'] = iteration if self.policy.frozen else None
-            runner.message_hub.update_info(_HISTORY, self.history)
-        runner.visualizer.add_image('distill_policy', draw_policy(**self.history), iteration)
+    def _draw_policy(self, runner: Runner, name: str, iteration: int) -> None:
+        policy, history = self.policies[name], self.histories[name]
+        if history['frozen'] is None:
+            history['states'][iteration] = policy.state()
+            history['frozen'] = iteration if policy.frozen else None
+            runner.message_hub.update_info(_HISTORY + name, history)
+        runner.visualizer.add_image(f'distill_policy{name}', draw_policy(**history), iteration)

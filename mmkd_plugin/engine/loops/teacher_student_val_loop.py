@@ -12,6 +12,8 @@ from ..hooks.check_teacher_hook import evaluate_teacher
 class TeacherStudentValLoop(ValLoop):
     """Validates the student as MMEngine does, and adds the metrics of the teacher as ``teacher.*``.
 
+    The metrics of several teachers are ``teacher.NAME.*``.
+
     The teacher gets its images as in the distillation: from the student's preprocessor, in the form that the teacher
     expects. The teacher is frozen, so it is evaluated once, in the first validation. MMRazor's
     ``SingleTeacherDistillValLoop`` gives the teacher the student's preprocessor for the rest of the training. This is
@@ -39,9 +41,11 @@ class TeacherStudentValLoop(ValLoop):
     def run(self) -> dict:
         """Launches the validation."""
         if self.teacher_metrics is None:
-            with undisturbed(self.algorithm):
-                metrics = evaluate_teacher(self.algorithm, self)
-            self.teacher_metrics = {f'teacher.{name}': value for name, value in metrics.items()}
+            self.teacher_metrics = {}
+            for name, teacher in self.algorithm.teachers.items():
+                with undisturbed(self.algorithm):
+                    metrics = evaluate_teacher(self.algorithm, self, name)
+                self.teacher_metrics.update({f'{teacher.field}.{metric}': value for metric, value in metrics.items()})
         evaluate = self.evaluator.evaluate
         self.evaluator.evaluate = lambda size: {**evaluate(size), **self.teacher_metrics}
         try:

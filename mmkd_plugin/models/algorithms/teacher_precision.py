@@ -72,6 +72,7 @@ class TeacherPrecision:
         forward: the teacher's.
         precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, or ``'auto'``: float16 on a GPU, the dtype of
             autocast under ``--amp``; bfloat16 on a CPU with instructions for it; else float32.
+        title: what the log calls the teacher.
 
     A RetinaNet R18 trained on BCCD, against a student at its start: float16 changes recorded maps by 1e-3, losses by at
     most 5e-4 and their gradients by 1e-3, bfloat16 by 1e-2, 8e-3 and 1e-2. Near the end of training, where student
@@ -79,9 +80,10 @@ class TeacherPrecision:
     small differences of large sums, change in value the most: 2e-3 and 7e-2, where MSE and PKD change by 8e-4 and 8e-3.
     """
 
-    def __init__(self, forward: PartialForward, precision: str) -> None:
+    def __init__(self, forward: PartialForward, precision: str, title: str = 'the teacher') -> None:
         self.forward = forward
         self.precision = precision
+        self.title = title
         self.forms: dict[tuple[torch.device, torch.dtype], _Form] = {}  # decided, by device and wanted dtype
         forward.model.register_load_state_dict_post_hook(self.forget)
 
@@ -122,11 +124,11 @@ class TeacherPrecision:
             error = _relative_error(self._records(), expected)
             if error <= TOLERANCE:
                 because = f' ({reasons[0]})' if reasons else ''
-                print_log(f'teacher_precision: the teacher runs in {form.title} on {inputs.device}{because}; the '
+                print_log(f'teacher_precision: {self.title} runs in {form.title} on {inputs.device}{because}; the '
                           f'largest relative error of what is recorded is {error:.1e}.', logger='current')
                 return form
             reasons.append(f'{form.title} has a relative error of {error:.1e}, above {TOLERANCE}')
-        print_log(f'teacher_precision: the teacher runs in float32 on {inputs.device}, for {name} does not suit it: '
+        print_log(f'teacher_precision: {self.title} runs in float32 on {inputs.device}, for {name} does not suit it: '
                   f'{"; ".join(reasons)}.', logger='current', level=logging.WARNING)
         return plain
 

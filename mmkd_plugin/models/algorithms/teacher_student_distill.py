@@ -1,13 +1,15 @@
 """A frozen teacher, a student and what it is to learn."""
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, ModuleDict
 from mmengine.registry import DefaultScope
 from mmrazor.models.algorithms import SingleTeacherDistill
+from mmrazor.models.algorithms.base import BaseAlgorithm
 from mmrazor.models.utils import add_prefix
 from torch import Tensor, nn
 
@@ -15,34 +17,30 @@ from ...checkpoints.guard import data_only
 from ...checkpoints.initialize import initialize
 from ...checkpoints.reading import STUDENT_PREFIX, load_completely
 from ...config.cfg_path import build_model
+from ...config.teachers import TeacherFields, split_by_teacher
 from ...registry import MODELS
 from ..distillers.feature_distiller import exact_zero
-from ..dummy_input import check_size, input_channels, set_dummy_sizes
-from ..recording import (
-    PartialForward,
-    UnknownLayerError,
-    check_sources,
-    check_wiring,
-    keep_statistics,
-    layers_in_place,
-    random_stream_kept,
-    write_in_place,
-)
-from .dry_run import dry_run, try_odd_size
+from ..dummy_input import check_size
+from ..recording import PartialForward, keep_statistics, layers_in_place, merged, random_stream_kept, write_in_place
 from .follow_conversion import FollowConversion
-from .inherit import check_inherit, inherit_modules
+from .frozen_teacher import FrozenTeacher, check_fields, naming
+from .inherit import inherit_modules
 from .loss_log import ZeroWatch
 from .loss_schedule import build_schedules
 from .second_batch import set_second_batch_aside, take_second_batch
 from .student_parts import StudentParts
-from .teacher_inputs import TeacherInputs
-from .teacher_precision import TeacherPrecision, check_precision
-from .unlabelled import UnlabelledPart
+from .unlabelled import UnlabelledPart, freeze_unreached, record_student
+
+Losses = dict[str, dict[str, Tensor]]  # of the distillation, by teacher
 
 
 @MODELS.register_module()
 class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     """MMRazor's ``SingleTeacherDistill`` with checks at build time and a teacher that costs no more than it has to.
+
+    Attributes:
+        teachers: :class:`.FrozenTeacher` by name; '' is the name of the only one.
+        teacher, distiller: the network and what compares it with the student; modules by name if there are several.
 
     - The teacher is in eval mode, without gradient, and runs only as far as its recorders read. It is not a
       submodule, so checkpoints, EMA copies, optimizers and parallel wrappers do not contain it. A resumed run reads
@@ -56,14 +54,22 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
       find the student's parameters under their own names.
     - Configuration errors are reported when the model is built.
 
+    Several teachers have names, and each has a distiller of its own. Each network runs once in a step::
+
+        teacher=dict(big=dict(cfg_path='big.py'), other=dict(cfg_path='other.py')),
+        teacher_ckpt=dict(big='big.pth', other='other.pth'),
+        distiller=dict(big=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base='pkd', loss_weight=5.0),
+                       other=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base='fitnet'))
+
     Unscoped types within ``distiller`` are MMRazor's.
 
     Args:
         architecture: the student, a config or a built model.
-        teacher: the teacher, likewise. Both take ``dict(cfg_path=...)``, of a
+        teacher: the teacher, likewise, or a dict of teachers by name. Both take ``dict(cfg_path=...)``, of a
             library's config (``'mmdet::...'``) or a file of one's own.
         distiller: config of MMRazor's ``ConfigurableDistiller``,
-            :class:`AMDDistiller` or another.
+            :class:`AMDDistiller` or another. With several teachers a dict of these by the same names; so are
+            ``teacher_ckpt`` and ``inherit``, and so may be ``teacher_precision`` and ``teacher_input_size``.
         teacher_ckpt: the teacher's weights, a file or address; every weight
             must fit.
         student_ckpt: weights that the student starts from, likewise.
@@ -86,7 +92,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         input_size: height and width of the student's images, where the data pipeline fixes them: the losses are tried
             at this size. By default 256 x 256 for detectors, 224 x 224 for others, and an odd size.
         loss_schedules: by name of a distillation loss or a pattern such as
-            ``'loss_amd*'``, the arguments of :class:`LossSchedule`, or a list of them, which multiply.
+            ``'loss_amd*'``, with several teachers ``'NAME.loss_amd*'``, the arguments of :class:`LossSchedule`, or a
+            list of them, which multiply.
         data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
         init_cfg: as in MMEngine.
 
@@ -98,27 +105,22 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                  architecture: dict | BaseModel,
                  teacher: dict | BaseModel,
                  distiller: dict,
-                 teacher_ckpt: str | None = None,
+                 teacher_ckpt: str | dict[str, str] | None = None,
                  student_ckpt: str | None = None,
-                 inherit: Sequence[str] = (),
+                 inherit: Sequence[str] | dict[str, Sequence[str]] = (),
                  allow_random_teacher: bool = False,
                  trust_checkpoint: bool = False,
                  calculate_student_loss: bool = True,
-                 teacher_precision: str = 'auto',
-                 teacher_input_size: int | Sequence[int] | None = None,
+                 teacher_precision: str | dict[str, str] = 'auto',
+                 teacher_input_size: int | Sequence[int] | dict[str, int | Sequence[int]] | None = None,
                  input_size: int | Sequence[int] | None = None,
                  loss_schedules: dict | None = None,
                  data_preprocessor: dict | nn.Module | None = None,
                  init_cfg: dict | None = None) -> None:
-        if isinstance(teacher, dict) and not (teacher_ckpt or allow_random_teacher or teacher.get('pretrained')):
-            raise ValueError('teacher_ckpt is missing: a teacher without weights teaches noise. Give its checkpoint, '
-                             'or set allow_random_teacher=True')
-
-        check_wiring(distiller)
-        check_precision(teacher_precision)
-        input_size, teacher_input_size = (
-            None if size is None else check_size(field, size)
-            for field, size in (('input_size', input_size), ('teacher_input_size', teacher_input_size)))
+        input_size = None if input_size is None else check_size('input_size', input_size)
+        fields = split_by_teacher(TeacherFields(teacher, distiller, teacher_ckpt, inherit, teacher_precision,
+                                                teacher_input_size))
+        fields = {name: check_fields(name, each, allow_random_teacher) for name, each in fields.items()}
 
         # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
         if isinstance(architecture, dict):
@@ -126,51 +128,26 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 architecture = dict(architecture)
                 architecture.setdefault('data_preprocessor', data_preprocessor)
             data_preprocessor = None
-        # One that the teacher's library makes up by default says nothing about the images it was trained on.
-        states_preprocessor = not isinstance(teacher, dict) or bool(
-            teacher.get('cfg_path') or teacher.get('data_preprocessor'))
         architecture = build_model('architecture', architecture, trust_checkpoint)
-        random_teacher = isinstance(teacher, dict) and not (teacher_ckpt or teacher.get('pretrained'))
+        in_place = layers_in_place(architecture)  # MMRazor stops them from it
 
         # The student's random start is the one it has when trained alone with the same seed.
         with random_stream_kept(), data_only(trust_checkpoint):
-            teacher = build_model('teacher', teacher, trust_checkpoint)
-            if teacher_ckpt:
-                load_completely(teacher, teacher_ckpt, 'teacher_ckpt', trust_checkpoint)
-            channels = input_channels(architecture), input_channels(teacher)
-            if channels[0] != channels[1]:
-                raise ValueError(f'teacher: takes images of other channels than the student gets, got {channels[1]}, '
-                                 f'expected {channels[0]}. Take a teacher of such images, or load them for both with '
-                                 f'{channels[1]} (grey is 1, colour 3)')
-            set_dummy_sizes(architecture, teacher, input_size, teacher_input_size)
-            s_layers, t_layers = layers_in_place(architecture), layers_in_place(teacher)  # MMRazor stops them from it
-            try:
-                check_sources(distiller.get('student_recorders'), architecture, 'distiller.student_recorders')
-                check_sources(distiller.get('teacher_recorders'), teacher, 'distiller.teacher_recorders')
-                with DefaultScope.overwrite_default_scope('mmrazor'):
-                    super().__init__(architecture=architecture, teacher=teacher, distiller=distiller,
-                                     data_preprocessor=data_preprocessor, init_cfg=init_cfg,
-                                     calculate_student_loss=calculate_student_loss)
-            except UnknownLayerError as error:
-                raise ValueError(error.of_pair(architecture, teacher)) from error
-            except AssertionError as error:  # how MMRazor answers a wrong distiller
-                raise ValueError(f'distiller: {error}') from error
-            if not self.distiller.deliveries.deliveries:  # what is handed on might be written over
-                write_in_place(s_layers, self.student, self.distiller.student_recorders)
-                write_in_place(t_layers, teacher, self.distiller.teacher_recorders)
-            del self.teacher  # registered as a submodule by the base class
-            self.__dict__['teacher'] = teacher.eval()
-            self.__dict__['_teacher_inputs'] = TeacherInputs.between(
-                self.data_preprocessor, (teacher if states_preprocessor else self).data_preprocessor,
-                teacher_input_size)
-            self.__dict__['_teacher_forward'] = TeacherPrecision(
-                self._wire_teacher(bool(teacher_input_size)), teacher_precision)
+            with DefaultScope.overwrite_default_scope('mmrazor'):  # not the base's own, which takes one teacher
+                BaseAlgorithm.__init__(self, architecture, data_preprocessor, init_cfg)
+            self.calculate_student_loss = calculate_student_loss
+            self.distillation_stopped = False  # MMRazor's StopDistillHook sets it
+            teachers = {}
+            for name, each in fields.items():
+                if name:
+                    print_log(f'Teacher {name!r}:', logger='current')
+                with naming(name):
+                    teachers[name] = FrozenTeacher(name, each, self, input_size, trust_checkpoint)
+            self._set_teachers(teachers)
+            if not any(teacher.distiller.deliveries.deliveries for teacher in teachers.values()):
+                write_in_place(in_place, self.student, self._student_recorders)
             if not calculate_student_loss:
                 self._leave_out_the_task()
-            if input_size is None:
-                try_odd_size(self.distiller, self.student, self._teacher_forward.forward, self.teacher_batch,
-                             self._alignment)
-                self._forget_records()
 
         if student_ckpt:
             try:
@@ -182,17 +159,29 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                                  'the file as load_from, which takes the weights of equal name and shape') from error
             self.student._is_init = True
         self.trust_checkpoint = trust_checkpoint
-        self.inherit = check_inherit(inherit, self.student, teacher)
         self._schedules = build_schedules(
-            loss_schedules or {}, getattr(self.distiller, 'loss_names', list(self.distiller.distill_losses)))
+            loss_schedules or {}, [name for teacher in teachers.values() for name in teacher.loss_names])
         self._zero_watch = ZeroWatch()
         self._reported = False  # whether the log has the gradients of the first iteration
         self.data_preprocessor.register_forward_pre_hook(set_second_batch_aside)
         self.register_load_state_dict_post_hook(_after_load)
-        self.__dict__['_random_teacher'] = random_teacher
-        self.__dict__['_preprocessor_of_teacher'] = id(teacher.data_preprocessor)
-        self.__dict__['_follow_conversion'] = FollowConversion(self.student, self.distiller.student_recorders)
+        self.__dict__['_follow_conversion'] = FollowConversion(self.student, self._student_recorders)
         self.__dict__['_passes_for_student'] = True
+
+    def _set_teachers(self, teachers: dict[str, FrozenTeacher]) -> None:
+        """Makes ``teacher`` and ``distiller`` those of the only teacher, or dicts of modules by name."""
+        if '' in teachers:
+            network, self.distiller = teachers[''].network, teachers[''].distiller
+            self.__dict__['_student_recorders'] = self.distiller.student_recorders
+        else:
+            _check_several(teachers)
+            network = nn.ModuleDict({name: teacher.network for name, teacher in teachers.items()})
+            self.distiller = ModuleDict({name: teacher.distiller for name, teacher in teachers.items()})
+            self.__dict__['_student_recorders'] = merged(
+                {name: teacher.distiller.student_recorders for name, teacher in teachers.items()})
+        self.__dict__['teachers'] = teachers
+        self.__dict__['teacher'] = network  # not registered
+        self.__dict__['_preprocessor_of_teacher'] = id(getattr(network, 'data_preprocessor', None))
 
     @property
     def optimised_parts(self) -> tuple[nn.Module, nn.Module]:
@@ -203,19 +192,20 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     def _outside(self) -> list[nn.Module]:
         """Modules that belong to the device, but not to the state, of this one; an EMA copy only borrows them."""
         return [] if self.__dict__.get('_is_copy') else [
-            module for module in (self.__dict__.get('teacher'), self.__dict__.get('_teacher_inputs')) if module]
+            module for teacher in self.__dict__.get('teachers', {}).values()
+            for module in (teacher.network, teacher.inputs) if module]
 
     def _apply(self, fn, *args, **kwargs):
         for module in self._outside:
             module._apply(fn, *args, **kwargs)
         if self._outside:
-            self._teacher_forward.forget()
+            for teacher in self.teachers.values():
+                teacher.forward.forget()
         return super()._apply(fn, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> 'TeacherStudentDistill':
-        """Shares the frozen teacher, so that an EMA copy costs only the student."""
-        memo.update({id(self.__dict__[name]): self.__dict__[name]
-                     for name in ('teacher', '_teacher_inputs', '_teacher_forward')})
+        """Shares the frozen teachers, so that an EMA copy costs only the student."""
+        memo.update({id(part): part for teacher in self.teachers.values() for part in (self.teacher, *teacher.shared)})
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -226,7 +216,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         """As ever, but the teacher, outside, stays in eval mode; every loop of MMEngine begins with it."""
         nn.Module.train(self, mode)
         self._follow_conversion(self.student)
-        if id(self.teacher.data_preprocessor) != self._preprocessor_of_teacher:
+        if id(getattr(self.teacher, 'data_preprocessor', None)) != self._preprocessor_of_teacher:
             raise ValueError('teacher.data_preprocessor: another has taken its place since the model was built, so '
                              'that the teacher would be shown wrong images. mmrazor.SingleTeacherDistillValLoop does '
                              "that: set val_cfg.type='mmkd_plugin.TeacherStudentValLoop'")
@@ -238,14 +228,21 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             initialize(self.student, 'architecture', self.trust_checkpoint)
         with random_stream_kept(), data_only(self.trust_checkpoint):
             super().init_weights()
-        if self._random_teacher and not self.teacher.is_init:
-            with random_stream_kept():
-                initialize(self.teacher, 'teacher', self.trust_checkpoint)
-            self._teacher_forward.forget()
-        inherit_modules(self.inherit, self.student, self.teacher)
+        for teacher in self.teachers.values():
+            if teacher.random and not teacher.network.is_init:
+                with random_stream_kept():
+                    initialize(teacher.network, teacher.field, self.trust_checkpoint)
+                teacher.forward.forget()
+        self._inherit()
+
+    def _inherit(self) -> None:
+        for teacher in self.teachers.values():
+            inherit_modules(teacher.inherit, self.student, teacher.network)
 
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
         """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses.
+
+        Those of several teachers are ``distill.NAME.*``.
 
         A train loop with unlabelled images gives a second batch, and then there is ``unlabelled.*``: the distillation
         losses of that batch, but for those that read labels. Batch norm normalises each of the two batches by its own
@@ -254,25 +251,24 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         search_batch, unlabelled = take_second_batch(self.data_preprocessor)
         distilling, expected_zero = not self.distillation_stopped, set()
         if distilling:
-            self.distiller.set_deliveries_override(False)
-            self._record_teacher(batch_inputs, data_samples)
-        self.distiller.set_deliveries_override(True)
+            self._record_teachers(batch_inputs, data_samples)
         losses = {}
         if self.calculate_student_loss:
-            with self.distiller.student_recorders, self.distiller.deliveries if distilling else nullcontext():
+            with self._student_recorders, ExitStack() as deliveries:
+                for teacher in self.teachers.values() if distilling else ():
+                    deliveries.enter_context(teacher.distiller.deliveries)
                 losses = add_prefix(self.student(batch_inputs, data_samples, mode='loss'), 'student')
         elif distilling:
-            self._unlabelled.record(self.student, batch_inputs, data_samples)
+            record_student(self.student, self._unlabelled_parts, batch_inputs, data_samples)
         else:
             raise ValueError('calculate_student_loss: False leaves nothing to learn once the distillation is stopped. '
                              'Set it to True, or take the hook that stops the distillation out')
         if distilling:
-            self.align_records()
-            if hasattr(self.distiller, 'prepare_batch'):
-                self.distiller.prepare_batch(batch_inputs, data_samples)
-            distilled = self._distill_losses(search_batch)
+            distilled = self._distill_losses(batch_inputs, data_samples, search_batch is not None)
             if self.training and self.calculate_student_loss:
                 self._compare_gradients(losses, distilled)
+            if search_batch is not None:
+                self._add_held_out_policy_losses(distilled, search_batch)
             distilled, expected_zero = self._weighed(distilled, 'distill')
             losses.update(distilled)
             if unlabelled is not None:
@@ -288,130 +284,119 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             self._zero_watch(losses, expected_zero)
         return losses
 
+    def parse_losses(self, losses: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in MMEngine, in fewer operations: a scalar is its own mean, and the total is one sum."""
+        wrong = [name for name, loss in losses.items() if not all(
+            isinstance(part, Tensor) for part in (loss if isinstance(loss, (list, tuple)) and loss else [loss]))]
+        if wrong:
+            raise TypeError(f'{wrong[0]} is not a tensor or list of tensors')
+        means = {name: _total([part.mean() if part.dim() else part for part in (
+            [loss] if isinstance(loss, Tensor) else loss)]) for name, loss in losses.items()}
+        loss = _total([mean for name, mean in means.items() if 'loss' in name])
+        return loss, OrderedDict(loss=loss, **means)
+
     def _leave_out_the_task(self) -> None:
         """Prepares for training by the distillation alone, or raises ``ValueError``."""
-        if self.distiller.deliveries.deliveries or self._unlabelled.skipped:
-            raise ValueError('calculate_student_loss: without its task the student runs no loss and sees no labels, '
-                             f'but {", ".join(self._unlabelled.skipped) or "distill_deliveries"} read(s) them. Set it '
-                             'to True, or record layers that run in the forward')
-        for field, reads in (
-                ("dafa.objective 'agreement'", getattr(getattr(self.distiller, 'dafa', None), 'objective', None) ==
-                 'agreement'),
-                ("loss_weight 'auto'", bool(getattr(self.distiller, 'autos', None))),
-                ("base 'crosskd'", getattr(self.distiller, 'crosskd', None) is not None)):
-            if reads:
-                raise ValueError(f"calculate_student_loss: {field} reads the task's loss, got False. Set it to True, "
-                                 'or choose another')
-        frozen = self._unlabelled.freeze_unreached(self.student)
+        for teacher in self.teachers.values():
+            with naming(teacher.name):
+                teacher.check_without_task()
+        frozen = freeze_unreached(self.student, self._unlabelled_parts)
+        self._forget_records()
         if frozen:
             print_log(f'calculate_student_loss=False: {len(frozen)} parameters that no distillation loss reaches are '
                       f'frozen: {", ".join(frozen[:5])}{", ..." if len(frozen) > 5 else ""}', logger='current')
 
-    def _record_teacher(self, batch_inputs: Tensor, data_samples: list | None) -> None:
-        with torch.no_grad(), self.distiller.deliveries:
-            self._teacher_forward(*self.teacher_batch(batch_inputs, data_samples))
+    @property
+    def _unlabelled_parts(self) -> dict[str, UnlabelledPart]:
+        return {name: teacher.unlabelled for name, teacher in self.teachers.items()}
 
-    def teacher_inputs(self, batch_inputs: Tensor, data_samples: list | None) -> Tensor:
-        """Returns a batch of the student's preprocessor as the teacher expects it."""
-        return self._teacher_inputs(batch_inputs, data_samples) if self._teacher_inputs else batch_inputs
-
-    def teacher_batch(self, batch_inputs: Tensor, data_samples: list | None) -> tuple[Tensor, list | None]:
-        """Returns a batch as the teacher expects it, and its samples, which hold the teacher's sizes of the images."""
-        inputs = self.teacher_inputs(batch_inputs, data_samples)
-        if self._teacher_inputs:
-            data_samples = self._teacher_inputs.samples(data_samples, batch_inputs.shape[2:], inputs.shape[2:])
-        return inputs, data_samples
-
-    def align_records(self) -> None:
-        """Brings the recorded maps that a loss compares to one size, after both networks have run."""
-        self._alignment()
+    def _record_teachers(self, batch_inputs: Tensor, data_samples: list | None) -> None:
+        for teacher in self.teachers.values():
+            teacher.record(batch_inputs, data_samples)
 
     def _forget_records(self) -> None:
-        """Lets go of the step's features and graph."""
-        for recorders in (self.distiller.student_recorders, self.distiller.teacher_recorders):
-            for recorder in recorders.recorders.values():
-                recorder.reset_data_buffer()
-        if hasattr(self.distiller, 'forget'):
-            self.distiller.forget()
+        for teacher in self.teachers.values():
+            teacher.forget_records()
 
-    def _distill_losses(self, search_batch: dict | None) -> dict[str, Tensor]:
-        policy = getattr(self.distiller, 'dafa', None)
-        if search_batch is None or policy is not None and policy.frozen:
-            return self.distiller.compute_distill_losses()
-        if policy is None:
+    def _distill_losses(self, batch_inputs: Tensor, data_samples: list | None, searching: bool) -> Losses:
+        """Returns the weighted losses of each teacher; ``searching``: a policy has a batch of its own."""
+        if searching and all(teacher.policy is None for teacher in self.teachers.values()):
             raise ValueError('The train loop gives a second batch, to search a policy with, but the distiller, '
                              f'{type(self.distiller).__name__}, has none: use a plain train loop')
-        if self.distiller.deliveries.deliveries:
-            raise ValueError('distill_deliveries hand on what belongs to the first of the two batches that the train '
-                             'loop gives: search the policy with a plain train loop, or take them out')
-        losses = self.distiller.compute_distill_losses(search=False)
-        losses['loss_aug'] = self._held_out_policy_loss(search_batch)
+        losses = {}
+        for name, teacher in self.teachers.items():
+            teacher.align()
+            if hasattr(teacher.distiller, 'prepare_batch'):
+                teacher.distiller.prepare_batch(batch_inputs, data_samples)
+            losses[name] = teacher.losses(with_policy=not searching)
         return losses
 
-    def _compare_gradients(self, task_losses: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
-        """Lets the distiller compare the gradients of its losses with the task's: for the log, once, or for itself."""
-        if not self._reported and hasattr(self.distiller, 'gradient_report'):
-            self._reported = True
-            report = self.distiller.gradient_report(self.parse_losses(task_losses)[0], losses)
-            if report:
-                print_log("Gradients at the distilled layers in the first iteration, relative to the task's: "
-                          f'{report}. A part that is a hundred times the task leaves it little of a clipped gradient.',
-                          logger='current')
-        if getattr(self.distiller, 'measuring', False):
-            self.distiller.measure(self.parse_losses(task_losses)[0], losses)
+    def _compare_gradients(self, task_losses: dict[str, Tensor], losses: Losses) -> None:
+        """Lets distillers compare the gradients of their losses with the task's: for the log, once, or themselves."""
+        reports = []
+        for name, teacher in self.teachers.items():
+            if not self._reported and hasattr(teacher.distiller, 'gradient_report'):
+                report = teacher.distiller.gradient_report(self.parse_losses(task_losses)[0], losses[name])
+                reports += [f'{name}: {report}' if name else report] if report else []
+            if getattr(teacher.distiller, 'measuring', False):
+                teacher.distiller.measure(self.parse_losses(task_losses)[0], losses[name])
+        self._reported = True
+        if reports:
+            print_log("Gradients at the distilled layers in the first iteration, relative to the task's: "
+                      f'{"; ".join(reports)}. A part that is a hundred times the task leaves it little of a clipped '
+                      'gradient.', logger='current')
 
-    def _weighed(self, losses: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], set[str]]:
+    def _weighed(self, losses: Losses, prefix: str) -> tuple[dict[str, Tensor], set[str]]:
         """Returns the losses with their schedules' factors under full names, and the names of those of weight zero."""
-        weight_of = getattr(self.distiller, 'weight_of', lambda name: getattr(
-            self.distiller.distill_losses[name], 'loss_weight', 1.0))
-        expected_zero = {f'{prefix}.{name}' for name in losses if not weight_of(name)}
-        for name in losses.keys() & self._schedules.keys():
-            for factor in [schedule() for schedule in self._schedules[name]]:
-                losses[name] = losses[name] * factor
-                expected_zero.update([] if factor else [f'{prefix}.{name}'])
-        return add_prefix(losses, prefix), expected_zero
+        found, expected_zero = {}, set()
+        for teacher in self.teachers.values():
+            for name, loss in losses[teacher.name].items():
+                full = f'{prefix}.{teacher.prefix}{name}'
+                factors = [schedule() for schedule in self._schedules.get(teacher.prefix + name, ())]
+                for factor in factors:
+                    loss = loss * factor
+                if not (teacher.weight_of(name) and all(factors)):
+                    expected_zero.add(full)
+                found[full] = loss
+        return found, expected_zero
 
     def check_unlabelled(self) -> None:
         """Raises ``ValueError`` if unlabelled images teach nothing; warns of losses that skip them."""
-        self._unlabelled.check(self.distiller, self._teacher_forward.forward)
+        for teacher in self.teachers.values():
+            with naming(teacher.name):
+                teacher.unlabelled.check(teacher.distiller, teacher.forward.forward)
 
-    def _unlabelled_losses(self, batch: dict) -> dict[str, Tensor]:
+    def _unlabelled_losses(self, batch: dict) -> Losses:
         data = self.data_preprocessor(batch, False)  # not for training: no mixup, no masks, nothing that reads labels
         inputs, data_samples = data['inputs'], data.get('data_samples')
-        self._record_teacher(inputs, data_samples)
-        self._unlabelled.record(self.student, inputs, data_samples)
-        self.align_records()
-        return self._unlabelled.compute(self.distiller)
+        self._record_teachers(inputs, data_samples)
+        record_student(self.student, self._unlabelled_parts, inputs, data_samples)
+        losses = {}
+        for name, teacher in self.teachers.items():
+            teacher.align()
+            losses[name] = teacher.unlabelled.compute(teacher.distiller)
+        return losses
 
-    def _held_out_policy_loss(self, search_batch: dict) -> Tensor:
-        """The policy's loss on a batch of its own, which leaves no trace in the student."""
+    def _add_held_out_policy_losses(self, losses: Losses, search_batch: dict) -> None:
+        """Adds the policies' losses on a batch of their own, which leaves no trace in the student."""
+        searching = {name: teacher for name, teacher in self.teachers.items() if teacher.searches}
+        if not searching:
+            return
         data = self.data_preprocessor(search_batch, True)
         inputs, data_samples = data['inputs'], data.get('data_samples')
-        self._record_teacher(inputs, data_samples)
+        for teacher in searching.values():
+            teacher.record(inputs, data_samples)
+        recorders = merged({name: teacher.distiller.student_recorders for name, teacher in searching.items()})
         with keep_statistics(self):
-            forward = PartialForward(self.student, self.distiller.student_recorders, {})
+            forward = PartialForward(self.student, recorders, {})
             try:
                 with torch.no_grad():
                     forward(inputs, data_samples)
             finally:
                 forward.remove()
-            self.align_records()
-            return self.distiller.compute_policy_loss()
-
-    def _wire_teacher(self, resized: bool) -> PartialForward:
-        """Returns the part of the teacher that the losses read, after trying them."""
-        calls, self.__dict__['_alignment'] = dry_run(self.distiller, self.student, self.teacher, resized)
-        self.__dict__['_unlabelled'] = UnlabelledPart(self.distiller, self.student)
-        forward = PartialForward(self.teacher, self.distiller.teacher_recorders, calls)
-        if forward.silent() or self.distiller.deliveries.deliveries:  # both may only come about in the loss
-            forward.mode = 'loss'
-        from mmdet.models.detectors import BaseDetector
-        if resized and forward.mode == 'loss' and isinstance(self.teacher, BaseDetector):
-            raise ValueError('teacher_input_size: what is recorded runs in the teacher\'s loss only, got '
-                             f'{type(self.teacher).__name__}, whose loss reads the boxes of the student\'s images. '
-                             'Record layers outside the loss, or leave teacher_input_size out')
-        self._forget_records()
-        return forward
+            for name, teacher in searching.items():
+                teacher.align()
+                losses[name]['loss_aug'] = teacher.distiller.compute_policy_loss()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:
@@ -446,6 +431,22 @@ def _after_load(model: TeacherStudentDistill, incompatible) -> None:
                          'it as model.student_ckpt):\n' + '\n'.join(
             [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
             + error_msgs[:20]))
-    if error_msgs is None and model.inherit and model.is_init and model.training:
+    if error_msgs is None and model.is_init and model.training and any(
+            teacher.inherit for teacher in model.teachers.values()):
         print_log('inherit: once more, after the student has been loaded.', logger='current')
-        inherit_modules(model.inherit, model.student, model.teacher)
+        model._inherit()
+
+
+def _check_several(teachers: dict[str, FrozenTeacher]) -> None:
+    """Raises ``ValueError`` for what only one teacher can do."""
+    for name, teacher in teachers.items():
+        if teacher.distiller.deliveries.deliveries:
+            raise ValueError(f'distiller.{name}.distill_deliveries: hand on what one teacher computes, got several '
+                             'teachers. Take them out')
+        if getattr(teacher.policy, 'objective', None) == 'agreement':
+            raise ValueError(f"distiller.{name}.dafa.objective: 'agreement' takes for the task's all gradient that is "
+                             "not this distiller's, got several teachers. Use 'similarity'")
+
+
+def _total(scalars: Sequence[Tensor]) -> Tensor:
+    return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()

@@ -1,5 +1,6 @@
 """What a distillation can learn from images without labels."""
 import logging
+from collections.abc import Mapping
 
 import torch
 from mmengine.logging import print_log
@@ -10,15 +11,14 @@ from torch.utils._pytree import tree_flatten
 
 from ..distillers.feature_distiller import FeatureDistiller
 from ..dummy_input import dummy_inputs
-from ..recording import PartialForward, evaluating
+from ..recording import PartialForward, evaluating, merged
 from .dry_run import losses_without_labels, read_calls
 
 
 class UnlabelledPart:
     """The losses that read no labels, and the part of the student that they need.
 
-    A loss reads no labels if the networks' forward, without a loss, gives all that it reads. The student runs in
-    training mode and with gradient, no further than the layers that are recorded.
+    A loss reads no labels if the networks' forward, without a loss, gives all that it reads.
 
     The recorders of ``distiller`` must be full of a dummy input.
 
@@ -55,28 +55,6 @@ class UnlabelledPart:
             print_log(f'unlabelled_dataloader: {", ".join(self.skipped)} read(s) labels, or what only a loss computes, '
                       'and skip(s) the unlabelled images.', logger='current', level=logging.WARNING)
 
-    def record(self, student: nn.Module, inputs: Tensor, data_samples: list | None) -> None:
-        """Fills the student's recorders, with gradient."""
-        forward = PartialForward(student, self.recorders, self.calls)
-        try:
-            forward(inputs, data_samples)
-        finally:
-            forward.remove()
-
-    def freeze_unreached(self, student: nn.Module) -> list[str]:
-        """Freezes the parameters that no recorded layer depends on, and returns their names."""
-        with torch.enable_grad(), evaluating(student):
-            self.record(student, *dummy_inputs(student))
-        recorded = tree_flatten([recorder.data_buffer for recorder in self.recorders.recorders.values()])[0]
-        outputs = [x.sum() for x in recorded if isinstance(x, Tensor) and x.requires_grad]
-        trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-        gradients = torch.autograd.grad(outputs, list(trained.values()), allow_unused=True) if outputs else (
-            [None] * len(trained))
-        unreached = [name for name, gradient in zip(trained, gradients) if gradient is None]
-        for name in unreached:
-            trained[name].requires_grad_(False)
-        return unreached
-
     def compute(self, distiller: ConfigurableDistiller) -> dict[str, Tensor]:
         """Returns the weighted losses of what is recorded."""
         if isinstance(distiller, FeatureDistiller):
@@ -84,3 +62,31 @@ class UnlabelledPart:
         return {name: distiller.distill_losses[name](**{
             argument: distiller.get_record(**entry) for argument, entry in distiller.loss_forward_mappings[name].items()
         }) for name in self.losses}
+
+
+def record_student(student: nn.Module, parts: Mapping[str, UnlabelledPart], inputs: Tensor,
+                   data_samples: list | None) -> None:
+    """Fills the recorders of all parts, by teacher, with gradient: one forward, no further than the layers recorded."""
+    recorders = merged({name: part.recorders for name, part in parts.items()})
+    forward = PartialForward(student, recorders, {f'{name}.{recorder}': count for name, part in parts.items()
+                                                  for recorder, count in part.calls.items()})
+    try:
+        forward(inputs, data_samples)
+    finally:
+        forward.remove()
+
+
+def freeze_unreached(student: nn.Module, parts: Mapping[str, UnlabelledPart]) -> list[str]:
+    """Freezes the parameters that no recorded layer depends on, and returns their names."""
+    with torch.enable_grad(), evaluating(student):
+        record_student(student, parts, *dummy_inputs(student))
+    recorded = tree_flatten([recorder.data_buffer for part in parts.values()
+                             for recorder in part.recorders.recorders.values()])[0]
+    outputs = [x.sum() for x in recorded if isinstance(x, Tensor) and x.requires_grad]
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(outputs, list(trained.values()), allow_unused=True) if outputs else (
+        [None] * len(trained))
+    unreached = [name for name, gradient in zip(trained, gradients) if gradient is None]
+    for name in unreached:
+        trained[name].requires_grad_(False)
+    return unreached

@@ -1,4 +1,5 @@
-from .areas import Areas, area_loss, count_areas, decode, detection_loss, find_areas, to_row
+from ..levels import to_row
+from .areas import Areas, area_loss, count_areas, decode, detection_loss, find_areas
 from .dam import DAM
 from .heatmap_anchor import attention_loss, attention_map, centernet_loss, centernet_targets
 

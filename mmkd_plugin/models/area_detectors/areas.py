@@ -50,16 +50,6 @@ def cells_of(shapes: Shapes) -> list[int]:
     return [h * w for h, w in shapes]
 
 
-def to_row(levels: Sequence[Tensor]) -> Tensor:
-    """(N, C, h, w) maps as one row, (N, C, L)."""
-    return join([level.flatten(2) for level in levels], 2)
-
-
-def join(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """``torch.cat``, which copies nothing where there is one tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
 def constants(values: Sequence[float], device: torch.device) -> Tensor:
     """Numbers on a device, filled in there: a tensor that is made on the host and copied waits for the device."""
     return torch.cat([torch.full((length, ), float(value), device=device)
@@ -134,9 +124,9 @@ def find_areas(raw: Tensor, shapes: Shapes, num_areas: int) -> Areas:
     at_peak = cells.flatten(1)[:, None].expand(len(raw), -1, 4, -1)  # (S, N, 4, V P)
     size, offset = (x.mean(0).unflatten(2, places.shape[1:]) for x in decode(raw[:, :, 1:].gather(3, at_peak), 2))
     peak = grid.xy.index_select(1, places.flatten()).view(2, *places.shape).transpose(0, 1)  # (N, 2, V, P)
-    centre, half = peak + (offset - 0.5), size / 2  # of cell 0 the centre is 0
-    first = torch.clamp((centre - half).ceil(), grid.zero, peak)
-    last = torch.clamp((centre + half).floor(), peak, grid.last)
+    centre = peak + (offset - 0.5)  # of cell 0 the centre is 0
+    first = torch.clamp(torch.sub(centre, size, alpha=0.5).ceil(), grid.zero, peak)
+    last = torch.clamp(torch.add(centre, size, alpha=0.5).floor(), peak, grid.last)
     return Areas(torch.cat([first, last + 1], 1).permute(0, 2, 3, 1), log_scores)
 
 
@@ -150,7 +140,8 @@ def count_areas(areas: Areas, shapes: Shapes) -> Tensor:
     return (in_y[..., :height, None] & in_x[..., None, :width]).sum(2)
 
 
-def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, reduction: str = 'area') -> Tensor:
+def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, reduction: str = 'area',
+              factor: float = 1.) -> Tensor:
     """``L_DA``: squared difference of features inside the areas, float32.
 
     The paper's ``sum_i || M(A_i) (S - T) ||^2`` over boxes, channels and positions, where a position under two boxes
@@ -166,6 +157,7 @@ def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, redu
     Args:
         s_row, t_row: (N, C, L), any floating dtype.
         counts: (N, V, H, W), as :func:`count_areas` returns them.
+        factor: Of the loss.
     """
     grid = pyramid_grid(shapes, s_row.device)
     if reduction == 'area':
@@ -175,14 +167,15 @@ def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, redu
         weight = weight * grid.share[0]
     square = F.mse_loss(s_row.float(), t_row.float(), reduction='none').sum(1)
     levels = len(shapes) if reduction == 'area' else 1  # a share is already one of all levels
-    return (square * weight).sum() / max(levels * s_row.shape[0] * s_row.shape[1], 1)
+    return (square * weight).sum() * (factor / max(levels * s_row.shape[0] * s_row.shape[1], 1))
 
 
-def detection_loss(s_raw: Tensor, t_raw: Tensor, shapes: Shapes) -> Tensor:
-    """``L_D``: mean squared difference of each branch's output, summed over the three branches; mean of levels.
+def detection_loss(s_raw: Tensor, t_raw: Tensor, shapes: Shapes, factor: float = 1.) -> Tensor:
+    """``L_D``: mean squared difference of each branch's output, summed over the three branches; mean of levels; times
+    ``factor``.
 
     Outputs are raw, (N, 5, L): logits, not probabilities. A sigmoid has a slope of 0.09 at 0.1, where the heatmap
     starts, and would let it hardly learn to agree. Zero without images.
     """
     square = F.mse_loss(s_raw, t_raw, reduction='none')
-    return (square * pyramid_grid(shapes, s_raw.device).share).sum() / max(len(s_raw), 1)
+    return (square * pyramid_grid(shapes, s_raw.device).share).sum() * (factor / max(len(s_raw), 1))

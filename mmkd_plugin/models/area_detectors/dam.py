@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...registry import MODELS
 from ...utils import check_dict, check_number, closest
 from ..connectors import ConvAdapter
+from ..levels import join, to_row
 from .areas import (
     AREA_REDUCTIONS,
     Shapes,
@@ -21,8 +22,6 @@ from .areas import (
     count_areas,
     detection_loss,
     find_areas,
-    join,
-    to_row,
 )
 from .heatmap_anchor import attention_loss, attention_map, centernet_loss, centernet_targets
 
@@ -178,10 +177,10 @@ class DAM(nn.Module):
         in_channels = check_number('DAM.in_channels', in_channels, least=1, whole=True)
         return ConvAdapter(in_channels, self.channels, **adapter)
 
-    def adapt(self, s_maps: Sequence[Tensor]) -> list[Tensor]:
+    def adapt(self, s_maps: Sequence[Tensor]) -> Sequence[Tensor]:
         """The student's (N, in_channels, H, W) maps, one per level, with the teacher's channels; the same maps where
         DAM owns no adapter."""
-        return list(s_maps) if self.adapter is None else self.adapter(list(s_maps))
+        return s_maps if self.adapter is None else self.adapter(s_maps)
 
     def forward(self,
                 s_features: Sequence[Tensor],
@@ -210,32 +209,31 @@ class DAM(nn.Module):
         if not (self.anchor is None or t_features is None or all(map(operator.is_, t_features, t_refined))):
             networks.append(t_features)
         shapes = _shapes(s_features)
-        rows = [to_row([level if maps is s_features else level.detach() for level in maps]) for maps in networks]
+        rows = [to_row(maps) if maps is s_features else to_row(maps).detach() for maps in networks]
         raw = self.head(rows, shapes)
         losses = self._comparison(raw, rows, shapes)
         if self.anchor is not None:
             both, plain = (raw, rows[0]) if len(rows) == 2 else (raw[1:], rows[2])
-            losses['loss_dam_anchor'] = self.anchor_loss_weight * self._anchor_loss(
-                both, plain, shapes, gt_boxes, image_shape)
+            losses['loss_dam_anchor'] = self._anchor_loss(both, plain, shapes, gt_boxes, image_shape)
         return losses
 
     def compare(self, s_features: Sequence[Tensor], t_refined: Sequence[Tensor]) -> dict[str, Tensor]:
         """``loss_dam_detect`` and ``loss_dam_area`` alone, see :meth:`forward`."""
         self._check_features(s_features=s_features, t_refined=t_refined)
-        rows, shapes = [to_row([level.detach() for level in t_refined]), to_row(s_features)], _shapes(s_features)
+        rows, shapes = [to_row(t_refined).detach(), to_row(s_features)], _shapes(s_features)
         return self._comparison(self.head(rows, shapes), rows, shapes)
 
     def _comparison(self, raw: Tensor, rows: Sequence[Tensor], shapes: Shapes) -> dict[str, Tensor]:
         t_raw, s_raw, *_ = raw.unbind()  # float32 from here on: none of what follows is lowered by autocast
         counts = count_areas(find_areas(raw[REGIONS[self.region]], shapes, self.num_areas), shapes)
         return dict(
-            loss_dam_detect=self.detect_loss_weight * detection_loss(s_raw, t_raw, shapes),
-            loss_dam_area=self.area_loss_weight * area_loss(rows[1], rows[0], counts, shapes, self.area_reduction))
+            loss_dam_detect=detection_loss(s_raw, t_raw, shapes, self.detect_loss_weight),
+            loss_dam_area=area_loss(rows[1], rows[0], counts, shapes, self.area_reduction, self.area_loss_weight))
 
     def _anchor_loss(self, raw: Tensor, t_row: Tensor, shapes: Shapes, gt_boxes: Sequence[Tensor] | None,
                      image_shape: tuple[int, int] | None) -> Tensor:
         if self.anchor == 'attention':
-            return attention_loss(raw, attention_map(t_row, shapes), shapes)
+            return attention_loss(raw, attention_map(t_row, shapes), shapes, self.anchor_loss_weight)
         images = raw.shape[1]
         if gt_boxes is None or image_shape is None or len(gt_boxes) != images:
             given = 'None' if gt_boxes is None else f'those of {len(gt_boxes)} images'
@@ -243,7 +241,7 @@ class DAM(nn.Module):
                              f'(H, W), got {given} and {image_shape}')
         target = centernet_targets([boxes.to(raw.device) for boxes in gt_boxes], image_shape, shapes, raw.device,
                                    self.max_cells)
-        return centernet_loss(raw, target, shapes)
+        return centernet_loss(raw, target, shapes, factor=self.anchor_loss_weight)
 
     @torch.no_grad()
     def detect(self, s_features: Sequence[Tensor], t_features: Sequence[Tensor]) -> list[dict[str, Tensor]]:

@@ -35,11 +35,10 @@ class CenterNetTarget(NamedTuple):
 
 class _Levels(NamedTuple):
     """What the targets need of a pyramid's levels."""
+    zero: Tensor  # ()
     image_size: Tensor  # (4,), W H W H
     longest: Tensor  # (V - 1,), pixels; the longest side of a box that each level but the deepest takes
-    stride: Tensor  # (V, 2), x and y
-    last: Tensor  # (V, 2), last column and row
-    start_width: Tensor  # (V, 2), first cell and width
+    table: Tensor  # (V, 8), strides of x and y, twice the strides, last column and row, first cell, width
     moves: Tensor  # (V, K), from the centre of a Gaussian to each of its cells
     gaussians: Tensor  # (largest radius + 2, K), by radius, 0 beyond it; the last is 0 everywhere
     nothing: Tensor  # (), index of the last
@@ -86,14 +85,14 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
     """
     levels = _levels(tuple(image_shape), shapes, max_cells, min_overlap, device)
     boxes, image = _one_batch(gt_boxes, device)
-    low, high = boxes.clamp(min=0).minimum(levels.image_size).split(2, 1)  # (B, 2), x and y
+    low, high = boxes.clamp(levels.zero, levels.image_size).split(2, 1)  # (B, 2), x and y
     extent = high - low
     exists = (extent > 0).all(1)
     level = torch.bucketize(extent.amax(1), levels.longest)
-    stride, last, start_width = (each.index_select(0, level) for each in levels[2:5])
-    centre, size = (low + high) / 2 / stride, extent / stride
+    stride, two_strides, last, place = levels.table.index_select(0, level).split(2, 1)
+    centre, size = (low + high) / two_strides, extent / stride
     column_row = centre.floor().minimum(last)
-    start, width = start_width.unbind(1)
+    start, width = place.unbind(1)
     cell = torch.addcmul(start + column_row[:, 0], column_row[:, 1], width).long()
 
     radius = gaussian_radius(size[:, 0], size[:, 1], min_overlap).long()
@@ -144,28 +143,29 @@ def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float, min_
 
     starts = [sum(cells_of(shapes)[:i]) for i in range(len(shapes))]
     return _Levels(
+        zero=torch.zeros((), device=device),
         image_size=constants([width, height] * 2, device),
         longest=constants(longest, device),
-        stride=columns(strides),
-        last=columns([(w - 1, h - 1) for h, w in shapes]),
-        start_width=columns([(start, w) for start, (_, w) in zip(starts, shapes, strict=True)]),
+        table=columns([(x, y, 2 * x, 2 * y, w - 1, h - 1, start, w)
+                       for (x, y), start, (h, w) in zip(strides, starts, shapes, strict=True)]),
         moves=moves.flatten(1),
         gaussians=gaussians.flatten(1),
         nothing=torch.full((), reach + 1, device=device))
 
 
-def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_weight: float = 0.1) -> Tensor:
+def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_weight: float = 0.1,
+                   factor: float = 1.) -> Tensor:
     """CenterNet's loss [0], summed over levels and divided by the number of objects in the batch; mean of networks.
 
     Penalty-reduced focal loss of the heatmap (alpha 2, beta 4), ``size_weight`` times L1 of the size in
-    cells, L1 of the offset. ``raw`` is (S, N, 5, L), float32.
+    cells, L1 of the offset; all times ``factor``. ``raw`` is (S, N, 5, L), float32.
 
     With the sign of the logit z turned at the centres, both cases of the focal loss are one:
     ``w sigmoid(z)^2 softplus(z)``, where w is 1 at the centres and ``(1 - heat)^4`` elsewhere.
     """
     centre = target.heat.floor()  # 1 there, 0 elsewhere
     weight = (1 - target.heat).pow(4) + centre
-    z = raw[:, :, 0] * torch.rsub(centre, 1, alpha=2)
+    z = raw.select(2, 0) * torch.rsub(centre, 1, alpha=2)
     focal = (z.sigmoid().square() * F.softplus(z) * weight).sum()
 
     grid = pyramid_grid(shapes, raw.device)
@@ -174,7 +174,7 @@ def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_we
     size, offset = decode(raw.flatten(1).index_select(1, at.flatten()).unflatten(1, at.shape), 1)  # (S, 2, B)
     error = (torch.cat([size, offset], 1) - torch.cat([target.size, target.offset], 1).t()).abs()
     l1 = (error * (target.exists * _l1_weights(size_weight, raw.device))).sum()
-    return (focal + l1) / (len(raw) * target.exists.sum().clamp(min=1))
+    return (focal + l1) * (factor / len(raw)) / target.exists.sum().clamp(min=1)
 
 
 @lru_cache(maxsize=8)
@@ -192,13 +192,13 @@ def attention_map(row: Tensor, shapes: Shapes) -> Tensor:
     return (energy - low.index_select(1, grid.level)) / scale.index_select(1, grid.level)
 
 
-def attention_loss(raw: Tensor, attention: Tensor, shapes: Shapes) -> Tensor:
+def attention_loss(raw: Tensor, attention: Tensor, shapes: Shapes, factor: float = 1.) -> Tensor:
     """Cross-entropy of the heatmap against the attention (N, L) as soft target; mean of cells, levels and networks.
 
     Size and offset have no target here and keep close to where they start: areas of 3 x 3 cells. ``raw`` is
-    (S, N, 5, L), float32. Zero without images.
+    (S, N, 5, L), float32. The loss is multiplied by ``factor``. Zero without images.
     """
-    heat = raw[:, :, 0]
+    heat = raw.select(2, 0)
     share = pyramid_grid(shapes, raw.device).share[0]
     loss = F.binary_cross_entropy_with_logits(heat, attention.expand_as(heat), share, reduction='sum')
-    return loss / max(len(raw) * len(attention), 1)
+    return loss * (factor / max(len(raw) * len(attention), 1))

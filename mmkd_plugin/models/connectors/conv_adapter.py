@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
+from ..levels import Levels
 
 
 @MODELS.register_module()
@@ -47,7 +48,7 @@ class ConvAdapter(BaseConnector):
     def extra_repr(self) -> str:
         return f'signed={self.signed}'
 
-    def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Levels:
         """Maps one feature (N, C, H, W), or a sequence of levels, to the teacher's channels.
 
         Raises:
@@ -60,8 +61,9 @@ class ConvAdapter(BaseConnector):
         shapes = [x.shape[2:] for x in levels]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             row = norm(torch.cat([conv(x).flatten(2) for x in levels], 2))  # (N, C, L)
-            levels = [part.unflatten(2, shape) for part, shape in zip(
-                row.split([h * w for h, w in shapes], 2), shapes, strict=True)]
-            if i == 0 or not self.signed:  # per level, so that each result has the layout of the next convolution
+            if i == 1 and not self.signed:
+                row = row.relu()
+            levels = Levels(row, shapes)
+            if i == 0:  # per level, so that each result has the layout of the next convolution
                 levels = [level.relu() for level in levels]
-        return levels[0] if isinstance(feature, Tensor) else type(feature)(levels)
+        return levels[0] if isinstance(feature, Tensor) else levels

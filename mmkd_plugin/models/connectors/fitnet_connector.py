@@ -4,12 +4,12 @@ Letters: N images, C channels, (H, W) size of a level's map, L positions of all 
 """
 from collections.abc import Sequence
 
-import torch
 from mmrazor.models.architectures.connectors.base_connector import BaseConnector
 from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
+from ..levels import Levels, to_row
 
 
 @MODELS.register_module()
@@ -38,7 +38,7 @@ class FitNetConnector(BaseConnector):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.norm = nn.BatchNorm1d(out_channels)
 
-    def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Levels:
         """Maps one feature (N, C, H, W), or a sequence of levels, to the teacher's channels.
 
         Raises:
@@ -48,7 +48,6 @@ class FitNetConnector(BaseConnector):
         if any(x.dim() != 4 or x.shape[1] != self.in_channels for x in levels):
             raise ValueError(f'FitNetConnector expects features of shape (N, {self.in_channels}, H, W), '
                              f'got {[tuple(x.shape) for x in levels]}')
-        row = self.norm(torch.cat([self.conv(x).flatten(2) for x in levels], 2))  # (N, C, L)
-        parts = row.split([x.shape[2] * x.shape[3] for x in levels], 2)
-        out = [part.unflatten(2, x.shape[2:]) for part, x in zip(parts, levels, strict=True)]
+        row = self.norm(self.conv(to_row(levels).unsqueeze(3)).squeeze(3))  # (N, C, L)
+        out = Levels(row, [x.shape[2:] for x in levels])
         return out[0] if isinstance(feature, Tensor) else out

@@ -38,13 +38,13 @@ PRESETS: dict[str, dict] = {
     # Romero et al., FitNets, arXiv 1412.6550. Weight: 1 for pyramids. CRD's benchmark (arXiv 1910.10699) has 100 for
     # one stage of a classifier on CIFAR-100.
     'fitnet': dict(
-        loss=dict(type='L2Loss', normalize=False, div_element=True),
+        loss=dict(type='mmkd_plugin.FitNetLoss'),
         connector=dict(type='mmkd_plugin.FitNetConnector', **_CHANNELS), share='layer', aligned=True, weight=1.0),
     # Zagoruyko and Komodakis, attention transfer, arXiv 1612.03928. Weight of CRD's benchmark. The loss is a mean over
     # positions: large maps need more.
     'at': dict(loss=dict(type='ATLoss'), weight=1000.0),
     # Cao et al., PKD, arXiv 2207.02039. Weight of MMRazor's configs of RetinaNet and FCOS. Channels must agree.
-    'pkd': dict(loss=dict(type='PKDLoss'), same_channels=True, inputs=_PREDS, weight=10.0),
+    'pkd': dict(loss=dict(type='mmkd_plugin.PKDLoss'), same_channels=True, inputs=_PREDS, weight=10.0),
     # Shu et al., channel-wise distillation, arXiv 2011.13256. Temperature and weight of MMRazor's configs of detectors.
     # Channels must agree.
     'cwd': dict(loss=dict(type='ChannelWiseDivergence', tau=1), same_channels=True, inputs=_PREDS, weight=10.0),

@@ -313,7 +313,7 @@ class DAFA(BaseModule):
     # Learning
 
     def _zero(self) -> Tensor:
-        return 0 * self._flat().sum()
+        return self._flat()[:0].sum()
 
     def policy_loss(self, t_features: Features, s_features: Features) -> Tensor:
         """``1/2 mean((s(F_T) - F_S)^2)``, the mean over levels, over draws of its own.

@@ -268,6 +268,9 @@ def _one_pass(levels: list[Tensor], segments: Sequence[_Segment], chance: Chance
     if adds_noise:
         generator = torch.Generator(levels[0].device).manual_seed(chance.seed)
         noise = send([each.noise for each in segments], levels[0])[:, None] * spread[:, None]  # (L, R, N)
+        values = [x[0].numel() for x in levels]
+        normal = torch.randn(sum(values), generator=generator, dtype=levels[0].dtype,
+                             device=levels[0].device).split(values)
     tables = {}
     if shuffles or drops:
         for count in {x.shape[2] for x in levels}:
@@ -286,8 +289,7 @@ def _one_pass(levels: list[Tensor], segments: Sequence[_Segment], chance: Chance
         if cuts:
             x = x.masked_fill(cut[level].view(rows, 1, 1, h, w), 0)
         if adds_noise:
-            normal = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype, device=x.device)
-            x = torch.addcmul(x, normal, noise[level][..., None, None, None])
+            x = torch.addcmul(x, normal[level].view(x.shape[1:]), noise[level][..., None, None, None])
         if drops:
             x = x * factors
         out.append(x)

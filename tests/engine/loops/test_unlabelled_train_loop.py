@@ -229,7 +229,8 @@ def test_losses_that_read_labels_skip_them(build, make, caplog):
         s_feature=dict(from_student=True, recorder='inputs', data_idx=1),
         t_feature=dict(from_student=False, recorder='inputs', data_idx=1))
     model = build(distillation(classifier, inside), 'mmpretrain').train()
-    assert model._unlabelled.losses == ['loss_kd'] and model._unlabelled.skipped == ['loss_labels']
+    assert model.teachers[''].unlabelled.losses == ['loss_kd']
+    assert model.teachers[''].unlabelled.skipped == ['loss_labels']
     model.distiller.distill_losses['loss_labels'] = Labels()
     names = {name for name in losses_of(model, classification_batch(), without_labels(classification_batch()))
              if name.startswith(('distill', 'unlabelled'))}

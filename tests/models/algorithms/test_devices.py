@@ -54,8 +54,8 @@ def test_a_step_of_the_teacher_stays_on_its_device(build):
     model.to('meta')
     with model.distiller.student_recorders, torch.no_grad():
         model.student.extract_feat(data['inputs'].to('meta'))
-    model._record_teacher(data['inputs'].to('meta'), data['data_samples'])
-    model.align_records()
+    model.teachers[''].record(data['inputs'].to('meta'), data['data_samples'])
+    model.teachers[''].align()
     for level in range(4):
         s_map, t_map = (model.distiller.get_record('neck', side, data_idx=level) for side in (True, False))
         assert s_map.is_meta and t_map.is_meta and s_map.shape == t_map.shape
@@ -87,7 +87,7 @@ def test_on_a_gpu_nothing_waits(build, precision):
     """Of our part of a step: the teacher, the records, the losses and the log."""
     from mmkd_plugin.engine.hooks.non_finite_loss_hook import _Step
     model = join(build, retinanet(8, pad_size_divisor=1), retinanet(8, **OTHER), AMD)
-    model._teacher_forward.precision = precision
+    model.teachers[''].forward.precision = precision
     model.cuda().train()
     plain = model.student.forward
 
@@ -117,11 +117,11 @@ def test_on_a_gpu_nothing_waits(build, precision):
 def test_on_a_gpu_the_default_is_half_and_close(build):
     model = join(build, retinanet(8), retinanet(8), AMD).cuda()
     data = model.data_preprocessor(detection_batch(), True)
-    model._record_teacher(data['inputs'], data['data_samples'])
+    model.teachers[''].record(data['inputs'], data['data_samples'])
     found = [model.distiller.get_record('neck', False, data_idx=level) for level in range(4)]
     with torch.no_grad():
         expected = model.teacher.extract_feat(data['inputs'])
-    assert {form.dtype for form in model._teacher_forward.forms.values()} == {torch.float16}
+    assert {form.dtype for form in model.teachers[''].forward.forms.values()} == {torch.float16}
     for x, y in zip(found, expected):
         assert x.dtype == torch.float32 and x.is_contiguous() and 0 < (x - y).norm() < 0.01 * y.norm()
 

@@ -59,7 +59,7 @@ def test_a_teacher_that_states_no_preprocessor_is_taken_for_the_students(build):
     teacher = classifier(16)
     del teacher['data_preprocessor']
     model = build(distill(classifier(8), teacher, distiller=dict(AMD, layers=['backbone.layer3'])), 'mmpretrain')
-    assert model.__dict__['_teacher_inputs'] is None
+    assert model.teachers[''].inputs is None
 
 
 def test_normalisation_in_an_old_teacher_file_is_not_a_weight(build, tmp_path):

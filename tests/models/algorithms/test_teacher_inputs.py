@@ -49,9 +49,9 @@ def test_as_its_own_preprocessor_makes_it(build, teacher):
 
 def test_nothing_to_do_is_nothing(build):
     model = build(distill(retinanet(8), retinanet(8, pad_size_divisor=16)))
-    assert model.__dict__['_teacher_inputs'] is None
+    assert model.teachers[''].inputs is None
     batch = torch.zeros(1, 3, 32, 32)
-    assert model.teacher_batch(batch, None) == (batch, None)
+    assert model.teachers[''].batch(batch, None) == (batch, None)
 
 
 def floor_classifier():
@@ -106,7 +106,7 @@ def test_a_teacher_at_its_own_resolution(build):
     assert given[0].shape[2:] == (96, 160)
     assert all(losses[f'distill.loss_amd_neck_{level}'].isfinite() for level in range(3))
     model.data_preprocessor(batch, True)
-    inputs, data_samples = model.teacher_batch(torch.zeros(2, 3, 64, 64), batch['data_samples'])
+    inputs, data_samples = model.teachers[''].batch(torch.zeros(2, 3, 64, 64), batch['data_samples'])
     assert data_samples[0].img_shape == (96, 160) and data_samples[0].batch_input_shape == (96, 160)
     before = batch['data_samples'][0].scale_factor  # of the width, of the height
     assert data_samples[0].scale_factor == pytest.approx((before[0] * 2.5, before[1] * 1.5))
@@ -141,7 +141,7 @@ def test_samples_of_a_padded_batch_know_its_size(build):
     model = build(distill(retinanet(8, pad_size_divisor=1), retinanet(8, pad_size_divisor=64)))
     batch = samples([[3, 3, 20, 20]], sizes=[(61, 97), (33, 130)])
     data = model.data_preprocessor(batch, True)
-    inputs, data_samples = model.teacher_batch(data['inputs'], data['data_samples'])
+    inputs, data_samples = model.teachers[''].batch(data['inputs'], data['data_samples'])
     assert inputs.shape[2:] == (64, 192)
     assert [sample.batch_input_shape for sample in data_samples] == [(64, 192)] * 2
     assert data_samples[1].img_shape == (33, 130) and data['data_samples'][0].batch_input_shape == (61, 130)

@@ -35,7 +35,7 @@ def distill(precision, student=None, teacher=None, distiller=MSE):
 def records(model, batch):
     """What the losses read of the teacher."""
     data = model.data_preprocessor(copy.deepcopy(batch), True)
-    model._record_teacher(data['inputs'], data['data_samples'])
+    model.teachers[''].record(data['inputs'], data['data_samples'])
     return [model.distiller.get_record('neck', False, data_idx=level) for level in range(4)]
 
 
@@ -138,13 +138,13 @@ def test_moved_or_loaded_anew_it_is_converted_anew(build):
     assert not torch.equal(before[0], records(model, batch)[0])
     model.to(torch.float64)
     data = model.data_preprocessor(copy.deepcopy(batch), True)
-    model._record_teacher(data['inputs'].double(), data['data_samples'])
+    model.teachers[''].record(data['inputs'].double(), data['data_samples'])
     assert model.distiller.get_record('neck', False, data_idx=0).dtype == torch.float64
 
 
 def test_an_ema_copy_shares_it(build):
     model = build(distill('bfloat16'))
-    assert ExponentialMovingAverage(model).module._teacher_forward is model._teacher_forward
+    assert ExponentialMovingAverage(model).module.teachers[''].forward is model.teachers[''].forward
 
 
 def test_under_autocast_it_follows_or_stays_as_stated(build, monkeypatch):
@@ -166,4 +166,4 @@ def test_what_is_recorded_in_the_loss_runs_as_the_student_does(build):
     model.teacher.backbone.conv1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].dtype))
     records(model, detection_batch())
     assert seen == [torch.float32]
-    assert isinstance(model._teacher_forward.forward, PartialForward)
+    assert isinstance(model.teachers[''].forward.forward, PartialForward)

@@ -343,7 +343,7 @@ def test_the_batch_is_renormalised_for_a_teacher_of_another_convention(build):
     model.teacher.backbone.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     losses_of(model, batch)
     torch.testing.assert_close(given[0], expected, atol=1e-4, rtol=1e-5)
-    assert build(distill()).__dict__['_teacher_inputs'] is None
+    assert build(distill()).teachers[''].inputs is None
 
 
 def test_mixup_of_the_student_is_kept(build):

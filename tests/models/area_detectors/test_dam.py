@@ -419,7 +419,7 @@ def test_dam_owns_its_adapter():
     assert isinstance(dam.adapter, ConvAdapter) and dam.adapter.signed
     assert not DAM(8, in_channels=3, adapter=dict(signed=False)).adapter.signed
     adapted = dam.adapt(s)
-    assert isinstance(adapted, list) and [x.shape for x in adapted] == [x.shape for x in t]
+    assert [x.shape for x in adapted] == [x.shape for x in t]
     losses = dam(adapted, t)
     losses['loss_dam_area'].backward(retain_graph=True)
     assert all(p.grad.norm() > 0 for p in dam.adapter.convs.parameters())
