@@ -220,7 +220,7 @@ LOGITS = dict(type='ConfigurableDistiller', distill_deliveries=dict(mix=dict(
     (dict(teacher=dict(big=BIG, other=retinanet(16, levels=3))), "^teacher 'other': .*4 feature maps.*3"),
     (dict(loss_schedules={'loss_amd*': dict(end=5)}), "no distillation loss is named 'loss_amd.*big.loss_amd_neck_0"),
     (dict(distiller=dict(big=dict(SOKD, dafa=dict(objective='agreement')), other=AMD)),
-     "^distiller.big.dafa.objective: 'agreement'.*got several teachers. Use 'similarity'"),
+     "^distiller.big.dafa.objective: 'agreement'.*got several teachers.*Use 'similarity'"),
     (dict(teacher=dict(big=BIG, other=OTHER), distiller=dict(big=AMD, other=LOGITS)),
      '^distiller.other.distill_deliveries: .*got several teachers'),
     (dict(calculate_student_loss=False, distiller=dict(big=AMD, other=dict(FITNET, loss_weight='auto'))),

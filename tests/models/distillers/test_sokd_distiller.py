@@ -331,7 +331,7 @@ def test_a_second_batch_without_a_policy_is_refused(build):
 def test_deliveries_do_not_go_with_a_second_batch(build):
     delivery = dict(type='MethodOutputs', max_keep_data=10, method_path='mmdet.models.RetinaHead.get_targets')
     model = build(detect(dict(NECK, distill_deliveries=dict(targets=delivery))))
-    with pytest.raises(ValueError, match='distill_deliveries hand on'):
+    with pytest.raises(ValueError, match='distill_deliveries belong to the first'):
         model.train_step((detection_batch(), detection_batch()), build_optim_wrapper(model, OPTIM))
 
 
