@@ -601,7 +601,7 @@ def test_without_anchor_the_heatmap_collapses_with_one_it_does_not():
     (dict(area_reduction='maps'), r"DAM\.area_reduction.*'area', 'map'.*'maps'.*map"),
     (dict(in_channels=0), r'DAM\.in_channels.*>= 1, got 0'),
     (dict(adapter=dict(signed=False)), r'DAM\.adapter.*without in_channels.*signed'),
-    (dict(in_channels=4, adapter=dict(sined=False)), r"DAM\.adapter.*takes signed, got 'sined'"),
+    (dict(in_channels=4, adapter=dict(sined=False)), r"DAM\.adapter.*expected signed, got 'sined'"),
     (dict(in_channels=4, adapter=dict(signed='no')), r"ConvAdapter\.signed.*got 'no'"),
     (dict(in_channels=4, adapter=[]), r'DAM\.adapter must be a dict'),
 ])

@@ -259,7 +259,7 @@ def test_fitnets_connector_by_hand():
 @pytest.mark.parametrize('config, message', [
     (neck('fitent'), "base: no preset 'fitent'; the closest are: fitnet"),
     (neck(['pkd', 'pkt'], 16), r"base\[1\]: no preset 'pkt'"),
-    (neck(['pkd', 'pkd'], 16), "base: two have the name 'pkd'"),
+    (neck(['pkd', 'pkd'], 16), "base: two bases are named 'pkd'"),
     (neck(['pkd', 'at'], 16, loss_weight=3.0), 'loss_weight: expected a number for each base, 2 in all, got 3.0'),
     (neck('pkd', 16, loss_weight=-1), 'loss_weight.*-1'),
     (neck('crosskd', 16, loss_weight='auto'), "loss_weight: 'auto' measures gradients at layers"),
@@ -272,7 +272,7 @@ def test_fitnets_connector_by_hand():
     (neck('fitnet', layers=['backbone']), 'layers: .*share one connector.*Give the stages as separate layers'),
     (neck('fitnet', layers=['nekc']), "layers.nekc: RetinaNet has no 'nekc'; the closest are: neck"),
     (neck('fitnet', layers=[]), 'layers: the list is empty'),
-    (neck('fitnet', layers=['neck', 'neck']), "layers: 'neck' is there twice"),
+    (neck('fitnet', layers=['neck', 'neck']), "layers: 'neck' is given twice"),
     (neck('fitnet', layers=['bbox_head.loss_cls']), "layers: 'bbox_head.loss_cls' of the student does not run"),
     (neck('fitnet', connectors=dict(fitnet_connector_neck=dict(type='CRDConnector'))), 'connectors: .*Rename your'),
 ])
