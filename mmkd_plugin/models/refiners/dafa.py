@@ -223,7 +223,7 @@ class DAFA(BaseModule):
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """Starts to copy the policy to the host. Call it after an optimizer step, so that no draw waits for a forward."""
+        """Starts to copy the policy to the host. After an optimizer step, this saves draws the wait for a forward."""
         if self.alpha.is_cuda:
             flat = self._flat()
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)

@@ -337,7 +337,7 @@ def test_deliveries_do_not_go_with_a_second_batch(build):
 
 @pytest.mark.parametrize('config, message', [
     (classify(dict(STAGE, dam=dict())), "dam.anchor: 'boxes'.*ImageClassifier.*attention"),
-    (detect(dict(NECK, dam=dict(channels=99))), 'dam.channels: the features have it'),
+    (detect(dict(NECK, dam=dict(channels=99))), 'dam.channels: is set from the features'),
     (detect(dict(NECK, base='pkd', dam=dict(adapter='base')), 16), "dam.adapter: 'base' shares"),
     (detect(dict(NECK, layers=['backbone'])), 'Give the stages as separate layers'),
     (detect(dict(NECK, dafa=dict(sub_policy_size=20))), 'sub_policy_size'),
