@@ -23,7 +23,7 @@ def keep_best(boxes: Tensor, scores: Tensor, labels: Tensor, nms: dict, limit: i
     """
     apart = boxes
     if not nms.get('class_agnostic', False):
-        largest = boxes.masked_fill(scores.unsqueeze(2) <= 0, 0).amax((1, 2))  # (N, ), over candidates with positive scores
+        largest = boxes.masked_fill(scores.unsqueeze(2) <= 0, 0).amax((1, 2))  # (N, ), over positive scores
         apart = boxes + (labels.to(boxes) * (largest + 1)[:, None]).unsqueeze(2)
     chosen = _NonMaxSuppression.apply(apart, scores.unsqueeze(1), limit, nms['iou_threshold'])
     flat = chosen[:, 0] * scores.shape[1] + chosen[:, 2]
