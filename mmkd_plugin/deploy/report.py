@@ -88,10 +88,10 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """Returns the report as rows of :data:`COLUMNS`."""
-        return [[label, f'{found["params"]:,}', f'{found["flops"]:,}', f'{found["latency_ms"]:.1f}',
-                 f'{found["latency_p95_ms"]:.1f}', f'{found["file_bytes"]:,}', _accuracy_text(found)]
-                for name, found in sorted(self.found.items(), key=_place) if 'params' in (found or {})
-                for label in [LABELS.get(name) or name.replace('.', ' ')]]
+        shown = sorted(((name, found) for name, found in self.found.items() if 'params' in (found or {})), key=_place)
+        return [[LABELS.get(name) or name.replace('.', ' '), f'{found["params"]:,}', f'{found["flops"]:,}',
+                 f'{found["latency_ms"]:.1f}', f'{found["latency_p95_ms"]:.1f}', f'{found["file_bytes"]:,}',
+                 _accuracy_text(found)] for name, found in shown]
 
     def _add(self, name: str, model: BaseModel, file: str | None = None) -> None:
         with torch.no_grad():

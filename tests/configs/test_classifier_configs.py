@@ -15,7 +15,7 @@ PARAMETERS = {
                  'wrn40-2': 2_255_156, 'wrn16-2': 703_284, 'vgg13': 9_462_180, 'vgg8': 3_965_028},
     'cifar10': {'resnet34': 21_282_122, 'resnet18': 11_173_962, 'wrn16-3': 1_549_530, 'wrn16-1': 175_066,
                 'wrn28-3': 3_294_042, 'wrn28-1': 369_498}}
-BASES = dict(fitnet='L2Loss', at='ATLoss', crd='CRDLoss', reviewkd='ReviewKDLoss', kd='KLDivergence')
+BASES = dict(fitnet='FitNetLoss', at='ATLoss', crd='CRDLoss', reviewkd='ReviewKDLoss', kd='KLDivergence')
 RECIPES = {  # epochs, learning rate, its milestones and factor, weight decay, images a step
     'in1k': (100, 0.1, [30, 60, 90], 0.1, 1e-4, 256),
     'cifar100': (240, 0.05, [150, 180, 210], 0.1, 5e-4, 64),

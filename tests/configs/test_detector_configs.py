@@ -27,7 +27,7 @@ PAIRS = {  # teacher and student of the name
         'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py', 'mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py'),
 }
 DISTILLERS = dict(amd='mmkd_plugin.AMDDistiller', sokd='mmkd_plugin.SoKDDistiller')
-BASES = dict(pkd='PKDLoss', fitnet='L2Loss')
+BASES = dict(pkd='PKDLoss', fitnet='FitNetLoss')
 detectors = pytest.mark.parametrize('config', sweep.DETECTORS, ids=lambda path: path.stem)
 
 

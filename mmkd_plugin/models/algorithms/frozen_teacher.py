@@ -106,9 +106,7 @@ class FrozenTeacher:
         network = self.network
         network.requires_grad_(False)
         in_place = layers_in_place(network)
-        for module in network.modules():
-            if hasattr(module, 'inplace'):
-                module.inplace = False
+        _stop_writing_in_place(network)
         try:
             check_sources(distiller.get('student_recorders'), student, 'distiller.student_recorders')
             check_sources(distiller.get('teacher_recorders'), network, 'distiller.teacher_recorders')
@@ -224,3 +222,12 @@ class FrozenTeacher:
                 recorder.reset_data_buffer()
         if hasattr(self.distiller, 'forget'):
             self.distiller.forget()
+
+
+def _stop_writing_in_place(module: nn.Module) -> None:
+    """As MMRazor's ``set_module_inplace_false``: submodules of a layer with the attribute do not change."""
+    if hasattr(module, 'inplace'):
+        module.inplace = False
+    else:
+        for child in module.children():
+            _stop_writing_in_place(child)

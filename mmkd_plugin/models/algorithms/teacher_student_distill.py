@@ -284,12 +284,12 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     def parse_losses(self, losses: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """As in MMEngine, with fewer operations: no mean of a scalar, and one sum for the total."""
-        wrong = [name for name, loss in losses.items() if not all(
-            isinstance(part, Tensor) for part in (loss if isinstance(loss, (list, tuple)) and loss else [loss]))]
-        if wrong:
-            raise TypeError(f'{wrong[0]} is not a tensor or list of tensors')
-        means = {name: _total([part.mean() if part.dim() else part for part in (
-            [loss] if isinstance(loss, Tensor) else loss)]) for name, loss in losses.items()}
+        parts = {name: loss if isinstance(loss, list) else [loss] for name, loss in losses.items()}
+        for name, values in parts.items():
+            if not values or not all(isinstance(value, Tensor) for value in values):
+                raise TypeError(f'{name} is not a tensor or list of tensors')
+        means = {name: _total([value.mean() if value.dim() else value for value in values])
+                 for name, values in parts.items()}
         loss = _total([mean for name, mean in means.items() if 'loss' in name])
         return loss, OrderedDict(loss=loss, **means)
 

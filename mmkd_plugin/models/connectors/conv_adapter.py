@@ -49,7 +49,7 @@ class ConvAdapter(BaseConnector):
         return f'signed={self.signed}'
 
     def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Levels:
-        """Maps one feature (N, C, H, W), or a sequence of levels, to the teacher's channels.
+        """Maps one feature (N, C, H, W), or a sequence of levels, to one or a tuple with the teacher's channels.
 
         Raises:
             ValueError: a feature does not have ``in_channels``.

@@ -39,7 +39,7 @@ class FitNetConnector(BaseConnector):
         self.norm = nn.BatchNorm1d(out_channels)
 
     def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Levels:
-        """Maps one feature (N, C, H, W), or a sequence of levels, to the teacher's channels.
+        """Maps one feature (N, C, H, W), or a sequence of levels, to one or a tuple with the teacher's channels.
 
         Raises:
             ValueError: a feature does not have ``in_channels``.

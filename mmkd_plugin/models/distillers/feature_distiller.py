@@ -250,7 +250,10 @@ class FeatureDistiller(ConfigurableDistiller):
         if name in self.distill_losses:
             raise ValueError(f'distill_losses.{name}: the distiller uses this name itself. Rename your loss')
         with DefaultScope.overwrite_default_scope('mmrazor'):
-            self.distill_losses[name] = RAZOR_MODELS.build(loss)
+            try:
+                self.distill_losses[name] = RAZOR_MODELS.build(loss)
+            except TypeError as error:
+                raise ValueError(f'distill_losses.{name}: {loss} cannot be built: {error}') from error
         self.loss_forward_mappings[name] = inputs
         self.weights[name] = weight
         self._written['distill_losses'][name] = loss

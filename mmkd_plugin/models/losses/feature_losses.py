@@ -31,8 +31,8 @@ class PKDLoss(nn.Module):
 
     It is half the mean squared difference of maps whose channels are normalised over the batch to mean zero and
     unbiased standard deviation one. This normalisation is batch norm without parameters, up to the factor
-    ``(n - 1) / n``, with n the number of values of a channel. Channels without variance are zero. For n = 1, the loss
-    is zero, where MMRazor's is NaN.
+    ``(n - 1) / n``, with n the number of values of a channel. To avoid a division by zero, 1e-12 is added to the
+    variance, where MMRazor adds 1e-6 to the standard deviation. For n = 1, the loss is zero, where MMRazor's is NaN.
     """
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 from conftest import classification_batch, classifier, detection_batch, retinanet
-from mmengine.model import ExponentialMovingAverage
+from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 
@@ -56,6 +56,22 @@ def test_one_step_trains_the_student_on_task_and_distillation(build):
     assert {f'distill.loss_amd_neck_{level}' for level in range(4)} < set(log)
     assert all(log[f'distill.loss_amd_neck_{level}'] > 0 for level in range(3))  # the fourth has one position
     assert any((before[key] != value).any() for key, value in model.state_dict().items())
+
+
+def test_the_losses_are_summed_as_in_mmengine(build):
+    model = build(distill(distiller=AMD))
+    losses = dict(loss_a=torch.rand(()), loss_b=[torch.rand(()), torch.rand(2, 3)], acc=torch.rand(4))
+    for values in losses.values():
+        for value in values if isinstance(values, list) else [values]:
+            value.requires_grad_()
+    total, log = model.parse_losses(losses)
+    expected, expected_log = BaseModel.parse_losses(model, losses)
+    assert list(log) == list(expected_log) and log['loss'] is total
+    torch.testing.assert_close(dict(log), dict(expected_log))
+    inputs = [losses['loss_a'], *losses['loss_b']]
+    torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs))
+    with pytest.raises(TypeError, match='loss_c is not a tensor'):
+        model.parse_losses(dict(losses, loss_c=1.))
 
 
 def test_the_distillation_loss_reaches_every_student_weight_before_it(build):

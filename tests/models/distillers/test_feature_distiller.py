@@ -266,6 +266,7 @@ def test_fitnets_connector_by_hand():
     (neck('pkd', 16, loss_weight='auto', auto_ratio=0), 'auto_ratio.*0'),
     (neck(dict(preset='pkd', conector=None), 16), "base: no field 'conector'; the closest are: connector"),
     (neck(dict(connector=FITNET_CONNECTOR)), 'base.loss: expected the config of a loss, got None'),
+    (neck(dict(preset='fitnet', loss=dict(normalize=True))), "distill_losses.loss_fitnet_neck_0: .*'normalize'"),
     (neck(dict(preset='fitnet', share='levels')), "base.share: expected 'map', 'layer' or 'all', got 'levels'"),
     (neck(dict(preset='pkd', inputs=dict(preds_S='students', preds_T='teacher'))), 'base.inputs: expected'),
     (neck('pkd'), r"base: 'pkd' compares channel with channel, .* \[16, 16, 16, 16\] channels in .* and \[24"),
