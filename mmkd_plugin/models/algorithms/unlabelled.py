@@ -46,8 +46,8 @@ class UnlabelledPart:
             reason = (f'{", ".join(self.skipped)} read(s) records of the teacher\'s loss. Record layers that run in '
                       'its forward')
         elif not (self.losses or getattr(distiller, 'dams', None)):
-            reason = (f'all distillation losses need labels, got {", ".join(self.skipped) or "no loss"}. Add one that '
-                      'compares layers, such as base="pkd"')
+            reason = (f'no distillation loss works without labels, got {", ".join(self.skipped) or "no loss"}. Add one '
+                      'that compares layers, such as base="pkd"')
         if reason:
             raise ValueError('train_cfg.unlabelled_dataloader: nothing can be learned from unlabelled images: '
                              f'{reason}')

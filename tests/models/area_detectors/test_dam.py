@@ -614,7 +614,7 @@ def test_bad_inputs():
     dam, t = DAM(8, anchor='boxes'), pyramid()
     with pytest.raises(ValueError, match=r'needs gt_boxes of 2 images and image_shape.*got None and None'):
         dam(t, t)
-    with pytest.raises(ValueError, match=r'needs gt_boxes of 2 images.*those of 1 images'):
+    with pytest.raises(ValueError, match=r'needs gt_boxes of 2 images.*boxes of 1 images'):
         dam(t, t, gt_boxes=GT[:1], image_shape=SHAPE)
     with pytest.raises(ValueError, match=r's_features as a list .*got \(2, 8, 12, 16\)'):
         dam(t[0], t)
