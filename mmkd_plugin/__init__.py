@@ -1,4 +1,4 @@
-"""AMD and SoKD knowledge distillation for MMDetection and MMPretrain, in MMRazor's manner."""
+"""Knowledge distillation for MMDetection and MMPretrain, built on MMRazor: AMD, SoKD and others."""
 from .compat import check_stack, leave_multimodal_out, let_constructors_see_the_student, make_mmrazor_importable
 
 __version__ = '0.2.0'

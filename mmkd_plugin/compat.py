@@ -1,30 +1,31 @@
-"""Makes MMRazor importable on torch 2 and with new mmcv, and checks the stack it stands on.
+"""Checks the installed packages and makes MMRazor importable with torch 2 and newer mmcv.
 
 MMRazor 1.0.0 builds quantisation tables at import from torch internals that
-torch 2 renamed or removed, so ``import mmrazor.models`` fails there with
-"`torch>=1.13` is not installed properly" and takes every distillation class
-down with it. Distillation needs none of it: where, and only where, the real
-``mmrazor.structures.quantization`` fails to import, a placeholder takes its
-place, and whoever uses a quantiser is told so.
+torch 2 renamed or removed. There, ``import mmrazor.models`` fails with
+"`torch>=1.13` is not installed properly", and no distillation class can be
+imported. Distillation does not need these tables. If the real
+``mmrazor.structures.quantization`` fails to import, this module registers a
+placeholder for it. Using a quantiser then raises an error.
 
 MMRazor also asserts mmcv <= 2.1.0 when it is imported, and nowhere else. It
-works with the newer ones of the ``onedl-*`` packages, which MMDetection and
-MMPretrain judge for themselves, so for that moment it is shown 2.1.0.
+works with the newer mmcv of the ``onedl-*`` packages, so this module reports
+2.1.0 to it during its import. MMDetection and MMPretrain check mmcv themselves.
 
-MMPretrain, to 1.3.6, fails to import beside transformers 5 with "TypeError:
-NoneType takes no arguments", which only its models of images and text need.
-:func:`leave_multimodal_out` makes it do without them, as without transformers.
+MMPretrain up to 1.3.6 fails to import with transformers 5: "TypeError:
+NoneType takes no arguments". Only its multimodal models need transformers.
+:func:`leave_multimodal_out` makes MMPretrain leave them out, as it does if
+transformers is not installed.
 
-Constructors of optimizers, MMEngine's and those that MMDetection and MMPretrain
-derive from it, tell parameters by their names in the plain model, such as
-``backbone.stages.0``, and ask the model for ``backbone`` or
-``get_layer_depth``. So that a config's constructor works unchanged when its
-model becomes a student, :func:`let_constructors_see_the_student` makes them
-build the groups of the student from the student alone.
+The optimizer constructors of MMEngine, MMDetection and MMPretrain identify
+parameters by their names in the plain model, such as ``backbone.stages.0``,
+and read ``backbone`` or ``get_layer_depth`` of the model. With
+:func:`let_constructors_see_the_student` they build the student's parameter
+groups from the student alone, so that a config's constructor works unchanged
+when its model becomes a student.
 
-Packages are known by the name they are imported by, so that ``mmcv`` may come
-from ``mmcv`` or from ``onedl-mmcv``. Besides this module only
-:mod:`.checkpoints.guard` changes another library, for the time of a context.
+Packages are identified by their import name: ``mmcv`` may come from ``mmcv`` or
+from ``onedl-mmcv``. Apart from this module, only :mod:`.checkpoints.guard`
+changes another library, and only within a context.
 """
 import sys
 from collections.abc import Iterator
@@ -36,15 +37,15 @@ from types import ModuleType
 
 _QUANTISATION = 'mmrazor.structures.quantization'
 _NEWEST_MMCV_FOR_MMRAZOR = '2.1.0'
-_NEWEST_MMPRETRAIN_TO_FAIL = '1.3.6'  # beside transformers 5
-_FIRST_MMDET_WITH_IMGAUG = '3.5.0'  # onedl-mmdetection, which does not declare it
+_NEWEST_MMPRETRAIN_TO_FAIL = '1.3.6'  # with transformers 5
+_FIRST_MMDET_WITH_IMGAUG = '3.5.0'  # onedl-mmdetection needs imgaug, but does not declare it
 _STACK = {
     'torch': '`pip install torch`',
     'mmengine': '`pip install mmengine`, or `onedl-mmengine` on the newer stack',
     'mmcv': '`pip install "mmcv>=2.0.0rc4,<2.2.0"`, or `onedl-mmcv` on the newer stack',
     'mmcv.ops': '`pip install "mmcv>=2.0.0rc4,<2.2.0"`, or `onedl-mmcv` on the newer stack '
                 '(after `pip uninstall mmcv-lite`, which has no compiled ops)',
-    'six': '`pip install six`',  # onedl-mmdetection needs it, and does not declare it
+    'six': '`pip install six`',  # onedl-mmdetection needs it, but does not declare it
     'mmdet': '`pip install "mmdet>=3.0.0,<3.4.0"`, or `onedl-mmdetection` on the newer stack',
     'mmpretrain': '`pip install "mmpretrain>=1.0.0,<1.3.0"`, or `onedl-mmpretrain` on the newer stack',
     'joblib': '`pip install joblib`',
@@ -54,15 +55,15 @@ _STACK = {
 
 
 class StackError(RuntimeError):
-    """A package is missing or does not fit.
+    """A package is missing or incompatible.
 
-    Not an ``ImportError``, because MMEngine's registry swallows those and
-    would report only that a class is not registered.
+    This is not an ``ImportError``, because MMEngine's registry swallows those
+    and would only report that a class is not registered.
     """
 
 
 class _Unavailable:
-    """Stands for a quantisation class; any use of it raises."""
+    """Placeholder for a quantisation class; any use of it raises an error."""
 
     def __init__(self, name: str, reason: Exception):
         self.__dict__.update(_name=name, _reason=reason)
@@ -72,14 +73,14 @@ class _Unavailable:
         raise StackError(
             f'{self._name}: quantisation of mmrazor cannot be used with torch {torch.__version__}, '
             f'because {_QUANTISATION} fails to import there ({self._reason}). '
-            'Use torch 1.13 for quantisation; distillation, pruning and NAS work.') from self._reason
+            'Use torch 1.13 for quantisation. Distillation, pruning and NAS work.') from self._reason
 
     __call__ = __getitem__ = __getattr__ = _refuse
 
 
 @contextmanager
 def _mmcv_as_mmrazor_wants() -> Iterator[None]:
-    """Shows the newest mmcv that MMRazor admits instead of a newer one, and takes it back in any case."""
+    """Context in which a newer mmcv reports the newest version that MMRazor accepts."""
     import mmcv
     from mmengine.utils import digit_version
     actual = mmcv.__version__
@@ -92,17 +93,17 @@ def _mmcv_as_mmrazor_wants() -> Iterator[None]:
 
 
 def check_stack() -> None:
-    """Imports what this package stands on.
+    """Imports the packages that this package needs.
 
     Raises:
-        StackError: One sentence, if a package is missing or clashes.
+        StackError: a package is missing or incompatible.
     """
     for module, remedy in _STACK.items():
         _check(module, remedy)
     from mmdet import __version__ as mmdet_version
     from mmengine.utils import digit_version
     if digit_version(mmdet_version) >= digit_version(_FIRST_MMDET_WITH_IMGAUG):
-        _check('imgaug', '`pip install --no-deps imaug`, its maintained fork of the same import name')
+        _check('imgaug', '`pip install --no-deps imaug`, its maintained fork with the same import name')
 
 
 def _check(module: str, remedy: str) -> None:
@@ -114,7 +115,7 @@ def _check(module: str, remedy: str) -> None:
 
 
 def leave_multimodal_out() -> None:
-    """Makes MMPretrain use placeholders for its models of images and text where transformers is too new for them."""
+    """Makes MMPretrain use placeholders for its multimodal models if transformers is too new for them."""
     import mmpretrain
     from mmengine.utils import digit_version
     from mmpretrain.utils import dependency
@@ -128,12 +129,12 @@ def leave_multimodal_out() -> None:
 
 
 def make_mmrazor_importable() -> None:
-    """Puts a placeholder for MMRazor's quantisation tables where the real ones fail to import."""
+    """Registers a placeholder for MMRazor's quantisation tables if the real ones fail to import."""
     if 'mmrazor.models' in sys.modules or _QUANTISATION in sys.modules:
         return
     try:
         import_module(_QUANTISATION)
-    except Exception as error:  # torch 2.x breaks it with ImportError, AttributeError and others
+    except Exception as error:  # torch 2 raises ImportError, AttributeError and others
         for name in [name for name in sys.modules if name.startswith('mmrazor.structures')]:
             del sys.modules[name]
         placeholder = ModuleType(_QUANTISATION, f'Placeholder of mmkd_plugin: {error}')
@@ -144,13 +145,13 @@ def make_mmrazor_importable() -> None:
 
 
 def let_constructors_see_the_student() -> None:
-    """Makes MMEngine's ``DefaultOptimWrapperConstructor``, and all that derive from it, take models in parts.
+    """Makes MMEngine's ``DefaultOptimWrapperConstructor`` and its subclasses build the student's groups separately.
 
-    A model whose class has ``optimised_parts``, a property that gives a student and what is trained beside it, gets
-    exactly the parameter groups that its student has when it is trained alone. The parameters beside it get groups of
-    their own after these: at the learning rate and weight decay of the optimizer, under the rules of ``paramwise_cfg``
-    for kinds of layers, such as ``norm_decay_mult``, but not under ``custom_keys``, which name the student's.
-    For other models nothing changes.
+    This concerns models whose class has the property ``optimised_parts``, which returns the student and the modules
+    that are trained besides it. The student gets exactly the parameter groups that it has in plain training. The other
+    parameters follow in groups of their own, with the learning rate and weight decay of the optimizer. The rules of
+    ``paramwise_cfg`` for kinds of layers, such as ``norm_decay_mult``, apply to them. ``custom_keys`` do not, because
+    they name parameters of the student. For other models nothing changes.
     """
     from mmengine.model import is_model_wrapper
     from mmengine.optim import DefaultOptimWrapperConstructor

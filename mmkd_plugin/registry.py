@@ -1,8 +1,8 @@
-"""The plugin's registries, children of MMEngine's root registries.
+"""The registries of the package, children of MMEngine's root registries.
 
-Being children of the root, and named by the package, they are found from the
-config of any OpenMMLab library: ``type='mmkd_plugin.AMDLoss'`` imports this
-module, then ``locations``, and needs no ``custom_imports``.
+The config of any OpenMMLab library finds them, because they are children of
+the root and have the name of the package. ``type='mmkd_plugin.AMDLoss'``
+imports this module, then ``locations``, and needs no ``custom_imports``.
 """
 from mmengine import registry as root
 from mmengine.registry import Registry

@@ -1,4 +1,4 @@
-"""How the plugin answers bad input: what field, what was given, what was expected."""
+"""Checks of arguments, and parts of their error messages."""
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -30,7 +30,7 @@ def check_dict(field: str, value: dict) -> dict:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: what it may have been meant to be."""
+    """Returns the end of an error message about an unknown name: the closest known names."""
     names = list(names)
     matches = get_close_matches(str(name), names, n=5, cutoff=0.4) or names[:10]
     return f'the closest are: {", ".join(matches)}' if matches else 'there are none'

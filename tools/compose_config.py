@@ -10,7 +10,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='allow the weights to run code; use it only if you trust whoever made them')
+                        help='allow the weights to run code; use it only if you trust their source')
     parser.add_argument('-o', '--out', required=True, help='file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
     return parser.parse_args()

@@ -1,7 +1,7 @@
-"""Distils a small detector of real handwritten digits on a CPU, and shows what the student gained.
+"""Distils a small detector of real handwritten digits on a CPU, and reports the gain of the student.
 
-Trains a teacher, a student alone, the same student started from the teacher's weights ("inherited"), and that
-student distilled. Exports each student, and evaluates the exported file with plain MMDetection.
+It trains a teacher, a student alone, the same student started from the teacher's weights ("inherited"), and that
+student with distillation. It exports each student and evaluates the exported file with plain MMDetection.
 """
 import argparse
 import hashlib
@@ -28,7 +28,7 @@ from mmkd_plugin.deploy.cost import measure
 from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
 CORES = os.cpu_count() or 1
-ONE_AT_A_TIME = threading.Lock()  # MMEngine's reading of configs and its default scope are not for several threads
+ONE_AT_A_TIME = threading.Lock()  # reading configs and the default scope of MMEngine are not thread-safe
 PLAIN_TEST = Path(mmdet.__file__).parent / '.mim/tools/test.py'
 VARIANTS = {
     'teacher': 'configs/benchmarks/digits/retinanet_r18-c32_digits.py',
@@ -86,11 +86,11 @@ def main() -> None:
     print(f'\nSeeds {args.seeds}, {report["meta"]["seconds"]} s. Table: {path}')
     picture = args.work_dir / 'detections.png'
     draw(runs, picture)
-    print(f'Detections beside the truth: {picture}')
+    print(f'Ground truth and detections: {picture}')
 
 
 def run_variant(variant: str, seed: int, root: Path, threads: int) -> dict:
-    """Trains, exports and evaluates one variant, or returns what an earlier call with the same config found."""
+    """Trains, exports and evaluates one variant, or returns the result of an earlier call with the same config."""
     work_dir = root / (variant if variant == 'teacher' else f'{variant}_seed{seed}')
     with ONE_AT_A_TIME:
         options = dict(work_dir=str(work_dir), randomness=dict(seed=seed))
@@ -102,7 +102,7 @@ def run_variant(variant: str, seed: int, root: Path, threads: int) -> dict:
         config, done, state = work_dir / 'config.py', work_dir / 'result.json', work_dir / 'state.sha256'
         same = state.exists() and state.read_text() == fingerprint(cfg)
         if same and done.exists():
-            print(f'{LABELS[variant]}, seed {seed}: done before, in {work_dir}')
+            print(f'{LABELS[variant]}, seed {seed}: already done, in {work_dir}')
             return json.loads(done.read_text())
         config.write_text(cfg.pretty_text)
         state.write_text(fingerprint(cfg))
@@ -123,7 +123,7 @@ def run_variant(variant: str, seed: int, root: Path, threads: int) -> dict:
 
 
 def fingerprint(cfg: Config) -> str:
-    """Returns a hash of all that decides a result: the config, this package's code, the data, the teacher."""
+    """Returns a hash of everything that determines a result: the config, this package's code, the data, the teacher."""
     files = [*Path(mmkd_plugin.__file__).parent.rglob('*.py'), Path(cfg.data_root) / 'digits.json']
     if 'teacher_ckpt' in cfg.model:
         files.append(Path(cfg.model.teacher_ckpt))
@@ -134,7 +134,7 @@ def fingerprint(cfg: Config) -> str:
 
 
 def train(label: str, command: list, log: Path, threads: int) -> None:
-    """Runs a training; prints its progress, and writes its log to a file."""
+    """Runs a training, prints its progress, and writes its log to a file."""
     began = time.time()
     pattern = re.compile(r'Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*? eta: (\S+).*? loss: ([\d.]+)')
     with log.open('w') as file, subprocess.Popen(
@@ -157,7 +157,7 @@ def run(command: list, log: Path) -> None:
 
 def check(code: int, command: list, log: Path) -> None:
     if code:
-        sys.exit(f'{" ".join(map(str, command))} failed; the end of {log}:\n' + log.read_text()[-3000:])
+        sys.exit(f'{" ".join(map(str, command))} failed. The end of {log}:\n' + log.read_text()[-3000:])
 
 
 def measure_together(runs: dict[str, list[dict]]) -> None:
@@ -171,7 +171,7 @@ def measure_together(runs: dict[str, list[dict]]) -> None:
 
 
 def summary(found: list[dict]) -> dict:
-    """Returns the mean over seeds, with the spread of AP where there are several."""
+    """Returns the mean over seeds, with the standard deviation of AP if there are several."""
     out = {}
     for key in COLUMNS:
         values = [result[key] for result in found]
@@ -195,7 +195,7 @@ def table(report: dict) -> str:
 
 
 def draw(runs: dict[str, list[dict]], out: Path) -> None:
-    """Draws the truth and each model's detections on the first crowded validation images."""
+    """Draws the ground truth and each model's detections on the first crowded validation images."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -209,7 +209,7 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     images = [image for image in truth['images'] if len(boxes[image['id']]) >= 4][:5]
     figure, axes = plt.subplots(len(images), len(runs) + 1, figsize=(2.6 * (len(runs) + 1), 2.6 * len(images)),
                                 squeeze=False)
-    with redirect_stdout(io.StringIO()):  # it says what it loads
+    with redirect_stdout(io.StringIO()):  # it prints what it loads
         models = {variant: init_detector(found[0]['config'], found[0]['exported'], device='cpu')
                   for variant, found in runs.items()}
     for row, image in zip(axes, images):

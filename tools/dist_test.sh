@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests on several GPUs: tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of test.py]
-# On several machines, call it on each, with NNODES, NODE_RANK, MASTER_ADDR and PORT as in dist_train.sh.
+# On several machines, run it on each machine with NNODES, NODE_RANK, MASTER_ADDR and PORT as in dist_train.sh.
 set -euo pipefail
 if [ $# -lt 3 ]; then
     echo "Usage: [NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 PORT=29500] $0 CONFIG CHECKPOINT GPUS [arguments of test.py]" >&2

@@ -1,6 +1,6 @@
 """Distils a teacher into a student in one command: writes the config as compose_config.py and trains it as train.py.
 
-The config is written to work_dirs/STUDENT_from_TEACHER_METHOD.py by default. --resume uses the config that exists.
+The config is written to work_dirs/STUDENT_from_TEACHER_METHOD.py by default. --resume uses the existing config.
 """
 import argparse
 import sys
@@ -33,7 +33,7 @@ def main() -> None:
         sys.exit(f'distill: --resume: no config {args.config!r}. Run the same command without --resume first')
     if not args.resume:
         Path(args.config).parent.mkdir(parents=True, exist_ok=True)
-        try:  # every process of a distributed training writes the same
+        try:  # all processes of a distributed training write the same file
             print(compose(args.student, args.teacher, args.method, args.teacher_ckpt, args.config, args.base,
                           args.layers, overwrite=True, trust_checkpoint=args.trust_checkpoint))
         except ValueError as error:

@@ -44,14 +44,14 @@ def main() -> None:
     parser.add_argument('--calibrate', type=int, default=64, metavar='N',
                         help='number of training images to calibrate --int8 with (default: %(default)s)')
     parser.add_argument('--max-drop', type=float, default=1.0, metavar='POINTS',
-                        help='largest loss of accuracy for --int8, in points (default: %(default)s)')
+                        help='largest drop of accuracy for --int8, in points (default: %(default)s)')
     parser.add_argument('--report', action='store_true', help='also write the report as a page, with the suffix .html')
     parser.add_argument('--baseline', metavar='FILE',
                         help='checkpoint of the same student trained without a teacher, for comparison in the report')
     parser.add_argument('--evaluate', action='store_true',
                         help='evaluate all models on the test set, the teacher if its weights are available')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='allow the checkpoint to run code; use it only if you trust whoever made it')
+                        help='allow the checkpoint to run code; use it only if you trust its source')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     args = parser.parse_args()
@@ -65,14 +65,14 @@ def export(args: argparse.Namespace) -> None:
     cfg = read_config(args.config, args.cfg_options)
     files = files_of(args)
     plain = plain_config(cfg)
-    # finds what is missing before the work begins
+    # reports missing data before the export starts
     images = calibration_batches(plain, args.calibrate) if args.int8 else []
     if args.onnx is not None:
         graph_of(build_student(cfg, args.checkpoint, args.trust_checkpoint), args.onnx_raw)
     say_exported(args, export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint))
     model = build_student(cfg, args.out, args.trust_checkpoint).eval()
     batch, source = sample_batch(plain, image_channels(model))
-    print(f'Checked with {source}: its outputs are those of the distilled student, to the bit.')
+    print(f'Checked with {source}: its outputs are bit-identical to those of the distilled student.')
 
     run_test = partial(evaluate, plain, option='--onnx', trust_checkpoint=args.trust_checkpoint)
     report = Report(cfg, args.out, batch, args.baseline, args.trust_checkpoint)
@@ -92,7 +92,7 @@ def export(args: argparse.Namespace) -> None:
                              args.max_drop, args.overwrite)
             report.add_onnx('int8', files['int8'], found)
             say_int8(files['int8'], found)
-        except ValueError as error:  # the rest is there, and is reported
+        except ValueError as error:  # raised after the other results are reported
             failure = error
     report.time()
 
@@ -104,26 +104,26 @@ def export(args: argparse.Namespace) -> None:
     print(markdown(COLUMNS, report.rows()))
     for name, found in report.found.items():
         if (found or {}).get('missing'):
-            print(f'The {name} is not in it: {found["missing"]}')
+            print(f'The table has no {name}: {found["missing"]}')
     size, threads = ' x '.join(map(str, report.input[2:])), text['environment']['threads']
-    print(f'Of one image of {size}, from pixels to detections or scores, on this CPU, threads: {threads}. '
-          f'Report: {files["json"]}')
+    print(f'Latency is measured on one image of {size}, from pixels to detections or scores, on this CPU, threads: '
+          f'{threads}. Report: {files["json"]}')
     if args.report:
         shown = {name: found for name, found in report.models.items() if name not in report.without_weights}
         with finished('--report', files['html'], args.overwrite) as unfinished:
             unfinished.write_text(page(text, report.rows(), draw(plain, shown)))
-        print(f'{files["html"]}: the report, with pictures.')
+        print(f'{files["html"]}: the report with pictures.')
     if failure:
         raise failure
 
 
 def files_of(args: argparse.Namespace) -> dict[str, str]:
-    """Returns the files to write besides OUT; says early which of them exist, or which options do not go together."""
+    """Returns the files to write besides OUT. Raises ``ValueError`` if one exists, or if options do not fit."""
     for option, given in (('--int8', args.int8), ('--onnx-raw', args.onnx_raw)):
         if given and args.onnx is None:
-            raise ValueError(f'{option}: it is made from the ONNX. Add --onnx')
+            raise ValueError(f'{option}: needs the ONNX file. Add --onnx')
     if args.int8 and args.onnx_raw:
-        raise ValueError('--int8: raw outputs cannot be evaluated, and so not be kept within --max-drop. Leave out '
+        raise ValueError('--int8: raw outputs cannot be evaluated, so --max-drop cannot be checked. Leave out '
                          '--onnx-raw')
     out = Path(args.out)
     files = dict(json=str(out.with_suffix('.json')))
@@ -141,13 +141,13 @@ def files_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def about(args: argparse.Namespace, plain: Config) -> dict:
-    """Returns what whoever serves the student must know besides the graph: classes, and the size of its images."""
+    """Returns the metadata that serving needs besides the graph: the classes and the size of the images."""
     meta = read_checkpoint(args.out, 'out', args.trust_checkpoint)['meta'].get('dataset_meta') or {}
     found = dict(classes=list(meta['classes'])) if meta.get('classes') else {}
     for step in plain.test_dataloader.dataset.get('pipeline', []):
         kind = str(step['type']).split('.')[-1]
         if kind == 'Resize' and step.get('keep_ratio'):
-            found['scale'] = list(step.scale)  # the longer side at most the larger, the shorter the smaller
+            found['scale'] = list(step.scale)  # limits of the longer and the shorter side, in either order
         if kind == 'Pad' and step.get('size'):
             found.update(pad=list(step.size), pad_with=step.get('pad_val', 0))
     return found
@@ -155,23 +155,22 @@ def about(args: argparse.Namespace, plain: Config) -> dict:
 
 def say_exported(args: argparse.Namespace, foreign: list[str]) -> None:
     if foreign:
-        print(f'{args.out}: the student, complete; but MMDetection and MMPretrain do not have its '
-              f'{", ".join(foreign)}: load it with the student\'s own config after `import mmkd_plugin`.')
+        print(f'{args.out}: the complete student. MMDetection and MMPretrain do not have its {", ".join(foreign)}: '
+              'load it with the student\'s own config after `import mmkd_plugin`.')
     else:
-        print(f'{args.out}: the student, complete; load it with the student\'s own config and neither mmkd_plugin '
-              'nor mmrazor.')
+        print(f'{args.out}: the complete student. You can load it with the student\'s own config and neither '
+              'mmkd_plugin nor mmrazor.')
 
 
 def say_onnx(file: str, found: dict) -> None:
     agreement = ', '.join(f'{key.replace("_", " ")} {value:.2g}' for key, value in found['agreement'].items())
-    print(f'{file}: ONNX Runtime finds what PyTorch finds ({agreement}). Outputs: {", ".join(found["outputs"])}. '
-          'Inputs:')
+    print(f'{file}: ONNX Runtime agrees with PyTorch ({agreement}). Outputs: {", ".join(found["outputs"])}. Inputs:')
     print(*(f'  {key}: {value}' for key, value in found['input'].items()), sep='\n')
 
 
 def say_int8(file: str, found: dict) -> None:
-    print(f'{file}: {found["metric"]} {found["float"]:.2f} in float, {found["int8"]:.2f} in eight bits; of '
-          f'{found["layers"]} layers left in float: {", ".join(found["left_in_float"]) or "none"}.')
+    print(f'{file}: {found["metric"]} {found["float"]:.2f} in float, {found["int8"]:.2f} in eight bits. Layers left in '
+          f'float, of {found["layers"]}: {", ".join(found["left_in_float"]) or "none"}.')
 
 
 if __name__ == '__main__':

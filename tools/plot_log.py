@@ -1,6 +1,6 @@
 """Draws the losses and metrics of several runs in one figure, from MMEngine's logs in their work dirs.
 
-A work dir has one log for each start. If a resumed run repeats iterations, the later values are drawn.
+A work dir has one log per start. If a resumed run repeats iterations, the later values are drawn.
 """
 import argparse
 import json
@@ -36,13 +36,13 @@ def main() -> None:
 
 
 def read(run: Path) -> dict[str, Curve]:
-    """Returns the curves of a run by name; losses by iteration, metrics by epoch as MMEngine logs them.
+    """Returns the curves of a run by name: losses by iteration and metrics by epoch, as MMEngine logs them.
 
     Raises:
         ValueError: there is no log.
     """
     curves: dict[str, Curve] = defaultdict(dict)
-    logs = sorted(run.glob('*/vis_data/scalars.json'))  # the folders are named by the time of their start
+    logs = sorted(run.glob('*/vis_data/scalars.json'))  # folders are named by their start time
     for log in logs:
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith('}')]
         fresh = {key: {line['step']: line[key] for line in lines if key in line and 'step' in line}
@@ -52,20 +52,20 @@ def read(run: Path) -> dict[str, Curve]:
             kept = {step: value for step, value in curves[key].items() if step < begin}
             curves[key] = kept | {step: value for step, value in curve.items() if isinstance(value, (int, float))}
     if not any(curves.values()):
-        raise ValueError(f'{run}: no log of MMEngine there (looked for {run}/*/vis_data/scalars.json)')
+        raise ValueError(f'{run}: no log of MMEngine found (looked for {run}/*/vis_data/scalars.json)')
     return {key: curve for key, curve in curves.items() if curve}
 
 
 def choose(curves: dict[Path, dict[str, Curve]], patterns: list[str]) -> list[str]:
-    """Returns the names that match, in the order of the patterns.
+    """Returns the matching names, in the order of the patterns.
 
     Raises:
-        ValueError: nothing matches; names the closest.
+        ValueError: nothing matches. The message has the closest names.
     """
     names = list(dict.fromkeys(name for run in curves.values() for name in run))
     found = list(dict.fromkeys(name for pattern in patterns for name in names if fnmatchcase(name, pattern)))
     if not found:
-        raise ValueError(f'--keys: nothing logged is named {" or ".join(patterns)}; {closest(patterns[0], names)}')
+        raise ValueError(f'--keys: no logged value is named {" or ".join(patterns)}; {closest(patterns[0], names)}')
     return found
 
 
@@ -92,7 +92,7 @@ def draw(curves: dict[Path, dict[str, Curve]], panels: list[str], out: Path) -> 
 
 
 def shorten(runs: list[Path]) -> list[str]:
-    """Returns the paths without the folders that all share."""
+    """Returns the paths without their common folders."""
     paths = [run.resolve() for run in runs]
     shared = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(shared)) for path in paths]

@@ -1,7 +1,7 @@
-"""Writes what a teacher says of images without labels, as labels to train with.
+"""Writes a teacher's predictions on unlabelled images as labels for training.
 
-Of a detector: a COCO file with the categories of the config's validation set. Of a classifier: a list of files and
-classes, as MMPretrain's CustomDataset reads it. What has a score below --score-thr is left out.
+For a detector, it writes a COCO file with the categories of the config's validation set. For a classifier, it writes a
+list of files and classes for MMPretrain's CustomDataset. Predictions with a score below --score-thr are left out.
 """
 import argparse
 import json
@@ -28,16 +28,16 @@ from mmkd_plugin.deploy.student import plain_config
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config of the distillation, whose teacher it takes, or of the teacher')
+    parser.add_argument('config', help='config of the distillation or of the teacher')
     parser.add_argument('teacher_ckpt', help='weights of the teacher')
-    parser.add_argument('images', type=Path, help='folder of images; those in folders within are taken, too')
+    parser.add_argument('images', type=Path, help='folder of images, with its subfolders')
     parser.add_argument('-o', '--out', required=True, help='file to write')
     parser.add_argument('--score-thr', type=_threshold, default='auto', metavar='auto|SCORE',
-                        help='least score of a label (default: %(default)s: the one with the largest F1 on the '
-                             f"config's validation set, a detection being right from an IoU of {IOU} on)")
+                        help='smallest score of a label (default: %(default)s, which is the score with the largest F1 '
+                             f"on the config's validation set; a detection is correct if its IoU is at least {IOU})")
     parser.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='load the weights even if they could run code; only if you trust whoever made them')
+                        help='allow the weights to run code; use it only if you trust their source')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     args = parser.parse_args()

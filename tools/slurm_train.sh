@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains under Slurm: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [arguments of train.py]
-# GPUS (8) is the number of all tasks, one a GPU; GPUS_PER_NODE (8); CPUS_PER_TASK (5); SRUN_ARGS, further
-# arguments of srun, such as "--time=24:00:00 --account=mine"; MASTER_PORT (29500).
+# Environment variables and their defaults: GPUS (8) is the total number of tasks, one per GPU; GPUS_PER_NODE (8);
+# CPUS_PER_TASK (5); MASTER_PORT (29500); SRUN_ARGS has further arguments of srun, such as
+# "--time=24:00:00 --account=mine".
 set -euo pipefail
 if [ $# -lt 3 ]; then
     echo "Usage: [GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS=...] $0 PARTITION JOB_NAME CONFIG [arguments of train.py]" >&2

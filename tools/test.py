@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--work-dir', help='folder for the log; default: work_dirs/CONFIG')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='allow the checkpoint to run code; use it only if you trust whoever made it')
+                        help='allow the checkpoint to run code; use it only if you trust its source')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -48,7 +48,7 @@ def main() -> None:
     cfg.resume = False
     with data_only(args.trust_checkpoint):
         runner = Runner.from_cfg(cfg)
-        load_state_dict(runner.model, student.state_dict(), strict=True)  # MMEngine's looks inside parallel wrappers
+        load_state_dict(runner.model, student.state_dict(), strict=True)  # MMEngine's unwraps parallel wrappers
         runner.test()
 
 

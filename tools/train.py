@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds all options of this program, but not the config."""
+    """Adds all options of this program, without the config."""
     parser.add_argument('--work-dir', help='folder for logs and checkpoints; default: work_dirs/CONFIG')
     parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help='evaluate the teacher on the validation set before the first step, and warn when the '
                              'student has caught up with the teacher')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='allow weights files to run code; use it only if you trust whoever made them')
+                        help='allow weights files to run code; use it only if you trust their source')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config, for example train_dataloader.batch_size=4')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -58,8 +58,8 @@ def load_config(args: argparse.Namespace) -> Config:
             raise ValueError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
     if cfg.get('compile') and 'architecture' in cfg.model:
-        raise ValueError('compile would compile the whole step, and recorders with it; take it out, and '
-                         "dict(type='mmkd_plugin.CompileStudentHook') into custom_hooks")
+        raise ValueError('compile: would compile the whole step with its recorders. Remove it, and add '
+                         "dict(type='mmkd_plugin.CompileStudentHook') to custom_hooks")
     if args.check_teacher:
         if 'teacher' not in cfg.model:
             raise ValueError(f'--check-teacher: model is a {cfg.model.get("type")}, which has no teacher')
@@ -93,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
     else:
         earlier = checkpoints_in(Path(cfg.work_dir))
         if earlier:
-            print(f'{earlier[0]} and what else an earlier run left there will be overwritten; --resume goes on with it')
+            print(f'{earlier[0]} and other files of an earlier run will be overwritten. To continue it, use --resume')
     with data_only(args.trust_checkpoint or cfg.model.get('trust_checkpoint', False)):
         Runner.from_cfg(cfg).train()
 

@@ -1,7 +1,7 @@
-"""Draws what teacher and student see: one picture for each image, with the student before and after its training.
+"""Draws predictions and feature maps of teacher and student, one picture per image, before and after training.
 
-The first row has the predictions of the teacher and of both students. The rows below have, for both students and every
-map of the distiller's layers, the attention and, if the distillation has them, AMD's positive and negative maps and
+The first row has the predictions of the teacher and of the student before and after training. The rows below have the
+attention at every map of the distiller's layers and, if the distillation has them, AMD's positive and negative maps and
 DAM's heatmaps and areas.
 """
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument('--score', type=float, default=0.3,
                         help='smallest score of the detections to draw; default: %(default)s')
     parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='allow the checkpoint to run code; use it only if you trust whoever made it')
+                        help='allow the checkpoint to run code; use it only if you trust its source')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override fields of the config')
     args = parser.parse_args()
@@ -84,7 +84,7 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def build_start(cfg: Config) -> TeacherStudentDistill:
-    """Builds the model as it is before training: with the config's seed, pretrained or inherited weights."""
+    """Builds the model in its state before training: with the config's seed, and pretrained or inherited weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -93,17 +93,17 @@ def build_start(cfg: Config) -> TeacherStudentDistill:
     check_drawable(model)
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel('ERROR')  # it would name every weight
+    logger.setLevel('ERROR')  # it would log every weight
     model.init_weights()
     logger.setLevel(level)
     return model.eval()
 
 
 def read(cfg: Config, path: Path) -> dict:
-    """Returns an image file as an item of the test's data set."""
+    """Returns an image file as an item of the test set."""
     image = cv2.imread(str(path))
     if image is None:
-        raise ValueError(f'images: {str(path)!r} is not there, or no image')
+        raise ValueError(f'images: {str(path)!r} not found, or not an image')
     return as_tested(plain_config(cfg), image, str(path))
 
 
@@ -117,7 +117,7 @@ def see(model: TeacherStudentDistill, item: dict) -> tuple[Sequence[BaseDataElem
 
 
 def predict(network: BaseModel, inputs: Tensor, samples: list) -> BaseDataElement:
-    """Returns the prediction for one image, whose samples are the student's: a classifier takes its own kind."""
+    """Returns the prediction for one image with the student's data samples, converted for a classifier."""
     from mmpretrain.models.classifiers import BaseClassifier
     from mmpretrain.structures import DataSample
     if isinstance(network, BaseClassifier):

@@ -1,21 +1,22 @@
-"""Guards every loader of weights files while models are built, initialised, trained or tested.
+"""Context in which every loader of weights files reads them as data.
 
-A config can name a weights file in more places than anybody can list: ``init_cfg`` with and without ``type``,
-``pretrained``, ``teacher_ckpt`` of MMDetection's own distillers, a tokenizer's path. All of them end in the same
-functions of torch. These are what :func:`data_only` replaces, and puts back:
+A config can name a weights file in many places: ``init_cfg`` with and without ``type``, ``pretrained``,
+``teacher_ckpt`` of MMDetection's own distillers, the path of a tokenizer. All of them call the same functions of torch.
+:func:`data_only` replaces these functions and restores them at the end:
 
-- ``torch.load``, also as ``torch.serialization.load``, reads by :func:`read_file`. It is what these call: MMEngine's
+- ``torch.load``, also as ``torch.serialization.load``, reads with :func:`read_file`. It is called by MMEngine's
   ``CheckpointLoader`` with all its schemes (files, ``http(s)://``, ``torchvision://``, ``open-mmlab://``,
-  ``mmcls://``, ``pavi://``, ``s3://`` and ``petrel://``), and so ``load_checkpoint``, ``_load_checkpoint`` and
-  ``init_cfg=dict(type='Pretrained')``; ``Runner.load_checkpoint`` and ``Runner.resume``;
-  ``torch.hub.load_state_dict_from_url``, by that name or as ``load_url``; PVT, Swin, DetectoRS, LAD and
-  ``KnowledgeDistillationSingleStageDetector`` of MMDetection; MILAN, the codebooks of BEiT, MiniGPT-4, LLaVA, Otter,
-  Flamingo, ``SwAVHook`` and the retrievers of MMPretrain; MMRazor's algorithms and predictors; timm, torchvision.
-- ``torch.jit.load`` is refused: TorchScript is code.
-- ``torch.hub.download_url_to_file``, where nothing may be downloaded.
+  ``mmcls://``, ``pavi://``, ``s3://`` and ``petrel://``), and thus by ``load_checkpoint``, ``_load_checkpoint`` and
+  ``init_cfg=dict(type='Pretrained')``; by ``Runner.load_checkpoint`` and ``Runner.resume``; by
+  ``torch.hub.load_state_dict_from_url``, also as ``load_url``; by PVT, Swin, DetectoRS, LAD and
+  ``KnowledgeDistillationSingleStageDetector`` of MMDetection; by MILAN, the codebooks of BEiT, MiniGPT-4, LLaVA,
+  Otter, Flamingo, ``SwAVHook`` and the retrievers of MMPretrain; by MMRazor's algorithms and predictors; by timm and
+  torchvision.
+- ``torch.jit.load`` raises an error, because TorchScript is code.
+- ``torch.hub.download_url_to_file`` raises an error if downloads are not allowed.
 
-Not guarded: a model's own call of ``pickle.load`` (of the three libraries' models only MMPretrain's RAM has one), and
-who has taken ``torch.load`` by name before (none of the libraries does).
+Two cases are not guarded: a model that calls ``pickle.load`` itself (of the three libraries' models, only MMPretrain's
+RAM does), and code that imported ``torch.load`` by name before (none of the libraries does).
 """
 import threading
 from collections import Counter
@@ -35,16 +36,16 @@ _originals: dict[_Place, Callable] = {}
 
 @contextmanager
 def data_only(trust_checkpoint: bool = False, download: bool = True) -> Iterator[None]:
-    """Within it, weights files are read as data, by whatever code and in whatever thread.
+    """Context in which weights files are read as data, by any code and in any thread.
 
-    Contexts may lie within each other; a file may run code only where none of them forbids it.
+    Contexts can be nested. A file may run code only if none of them forbids it.
 
     Args:
-        trust_checkpoint: whether files may run code when they are loaded, so that nothing is guarded.
-        download: whether a file may be downloaded that is not in torch's cache yet.
+        trust_checkpoint: whether files may run code when they are loaded. If so, nothing is guarded.
+        download: whether files that are not in torch's cache yet may be downloaded.
 
     Raises:
-        ValueError: from the loader: the file asks for more than data, or would have to be downloaded.
+        ValueError: raised by the loader if the file contains more than data, or would have to be downloaded.
     """
     replacements: dict[_Place, Callable] = {}
     if not trust_checkpoint:
@@ -69,15 +70,15 @@ def data_only(trust_checkpoint: bool = False, download: bool = True) -> Iterator
 
 
 def refusal(path: Any, error: RefusedError) -> str:
-    """Returns the sentence for a file that asks for more than data."""
+    """Returns the error message for a file that contains more than data."""
     name = repr(path) if not hasattr(path, 'read') else 'the file'
-    return (f'{name} is refused because of {error.wanted}: beyond tensors, numbers, text, NumPy arrays, containers and '
-            'what MMEngine stores, a file could run any code when it is loaded. If you trust whoever made it, allow '
-            'that with trust_checkpoint=True in the model, --trust-checkpoint for the tools')
+    return (f'{name} is refused because of {error.wanted}: a file that contains more than tensors, numbers, text, '
+            'NumPy arrays, containers and the objects that MMEngine stores can run code when it is loaded. If you '
+            'trust its source, set trust_checkpoint=True in model, or pass --trust-checkpoint to the tools')
 
 
 def _load(f: Any, *_, **__) -> Any:
-    """Stands for ``torch.load``; tensors come on the CPU, whatever ``map_location`` says, for a model to copy."""
+    """Replaces ``torch.load``. Tensors are on the CPU whatever ``map_location`` is; models copy them."""
     try:
         return read_file(f)
     except RefusedError as error:
@@ -85,9 +86,9 @@ def _load(f: Any, *_, **__) -> Any:
 
 
 def _refuse_script(f: Any, *_, **__) -> None:
-    error = RefusedError('TorchScript, which is code')
+    error = RefusedError('TorchScript code')
     raise ValueError(refusal(f, error)) from error
 
 
 def _refuse_download(url: str, *_, **__) -> None:
-    raise ValueError(f'{url!r} would have to be downloaded, which is not done here')
+    raise ValueError(f'{url!r} would have to be downloaded, but downloads are disabled here')

@@ -1,4 +1,4 @@
-"""Initialises a model, and says which field of it names a weights file that cannot be had."""
+"""Initialisation of a model, with errors that name the field of a missing weights file."""
 from typing import Any
 
 from mmengine.model import BaseModule
@@ -8,31 +8,31 @@ from .guard import data_only
 
 
 def initialize(model: BaseModule, field: str, trust_checkpoint: bool = False) -> None:
-    """Calls ``model.init_weights``; the weights files that it reads are read as data.
+    """Calls ``model.init_weights`` and reads weights files as data.
 
     Args:
-        model: to be initialised.
-        field: of the config that holds the model.
+        model: the model to initialise.
+        field: the config field of the model, for error messages.
         trust_checkpoint: whether these files may run code, as in :func:`data_only`.
 
     Raises:
-        ValueError: the model names a weights file that cannot be read; says in which field.
+        ValueError: the model names a weights file that cannot be read. The message names the field.
     """
     with data_only(trust_checkpoint):
         try:
             model.init_weights()
-        except Exception as error:  # what a loader can do with a file is not for us to list
+        except Exception as error:  # loaders raise many types
             files = weights_files(model)
             if not files:
                 raise
             guilty = {name: path for name, path in files.items() if path in str(error)} or files
             named = ', '.join(f'{field}.{name}={path!r}' for name, path in guilty.items())
             raise ValueError(f'{named}: cannot initialise {type(model).__name__} with it ({type(error).__name__}: '
-                             f'{error}). Name a file that is here, or take the field out') from error
+                             f'{error}). Name an existing file, or remove the field') from error
 
 
 def weights_files(model: nn.Module) -> dict[str, str]:
-    """Returns the weights files that modules say they start from, by field, such as ``backbone.init_cfg``."""
+    """Returns the weights files that modules start from, by field, such as ``backbone.init_cfg``."""
     found = {}
     for name, module in model.named_modules():
         for field in ('init_cfg', 'pretrained'):
@@ -43,7 +43,7 @@ def weights_files(model: nn.Module) -> dict[str, str]:
 
 
 def forget_weights_files(model: nn.Module) -> None:
-    """Lets the modules of ``model`` start at random where they would start from a file."""
+    """Makes modules of ``model`` that would start from a file start from random weights."""
     for module in model.modules():
         for field in ('init_cfg', 'pretrained'):
             value = getattr(module, field, None)
@@ -53,7 +53,7 @@ def forget_weights_files(model: nn.Module) -> None:
 
 
 def _named_file(value: Any, field: str) -> str | None:
-    """Returns the first weights file that the value of such a field names, with or without ``type``."""
+    """Returns the first weights file in the value of ``init_cfg`` or ``pretrained``, with or without ``type``."""
     if isinstance(value, str):
         return value if field in ('checkpoint', 'pretrained') else None
     items = value.items() if isinstance(value, dict) else [

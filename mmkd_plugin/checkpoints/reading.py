@@ -1,4 +1,4 @@
-"""Reads weights out of any of the files people have, and loads them completely or not at all."""
+"""Reading weights from files and URLs, and loading them strictly."""
 import re
 import sys
 from collections.abc import Mapping
@@ -28,18 +28,17 @@ _ZOOS = {
 
 
 def read_checkpoint(path: str, field: str, trust_checkpoint: bool = False) -> Any:
-    """Returns all that a file holds, tensors on the CPU, without running anything in it.
+    """Returns the content of a file, with tensors on the CPU, without running code in it.
 
-    See :mod:`.unpickler` for what it may hold. What is at an address is downloaded once, to where MMEngine looks.
+    :mod:`.unpickler` lists what the file may contain. A URL is downloaded once, to MMEngine's cache.
 
     Args:
-        path: a file, or an address that MMEngine can load.
-        field: what the file is for; begins the error message.
-        trust_checkpoint: whether to let MMEngine load a file that asks for more than data, which runs whatever code
-            is in it.
+        path: a file, or a URL that MMEngine can load.
+        field: the config field of the file; the error message begins with it.
+        trust_checkpoint: whether MMEngine may load a file that contains more than data, which runs the code in it.
 
     Raises:
-        ValueError: the file cannot be had, is damaged, or asks for more than data.
+        ValueError: the file is missing, cannot be downloaded, is damaged, or contains more than data.
     """
     try:
         content = read_file(_local_copy(path))
@@ -47,13 +46,13 @@ def read_checkpoint(path: str, field: str, trust_checkpoint: bool = False) -> An
         if not trust_checkpoint:
             raise ValueError(f'{field}: {refusal(path, error)}') from error
         return _run(path, field)
-    except Exception as error:  # what a file, a zip archive or a network can do wrong is not for us to list
+    except Exception as error:  # files, zip archives and networks raise many types
         raise ValueError(f'{field}: cannot load {path!r} ({type(error).__name__}: {error})') from error
     return mmengine_checkpoint._process_mmcls_checkpoint(content) if path.startswith('mmcls://') else content
 
 
 def _run(path: str, field: str) -> Any:
-    """Returns what MMEngine's own loader makes of a file that is trusted."""
+    """Returns the content of a trusted file, read with MMEngine's loader."""
     try:
         return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     except Exception as error:
@@ -61,7 +60,7 @@ def _run(path: str, field: str) -> Any:
 
 
 def _local_copy(path: str) -> str:
-    """Returns the file at ``path``; what is at an address is downloaded to the cache that MMEngine uses."""
+    """Returns the file at ``path``. A URL is downloaded to MMEngine's cache."""
     scheme, is_address, name = path.partition('://')
     if not is_address:
         return str(Path(path).expanduser())
@@ -74,14 +73,14 @@ def _local_copy(path: str) -> str:
         if '://' not in path:
             return str(Path(mmengine_checkpoint._get_mmengine_home(), path))
     elif scheme not in ('http', 'https'):
-        raise RefusedError(f'{scheme}://, an address that only MMEngine\'s own loader reads')
+        raise RefusedError(f'{scheme}://, a scheme that only MMEngine\'s own loader reads')
     file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(path).path).name)
     try:
         if get_rank() == 0:
             _download(path, file)
     finally:
         barrier()
-    _download(path, file)  # another machine has another cache
+    _download(path, file)  # on every machine, because caches differ
     return str(file)
 
 
@@ -94,11 +93,12 @@ def _download(address: str, file: Path) -> None:
 def read_weights(path: str, field: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:
     """Returns the weights of one plain model, by name.
 
-    Accepts a plain state dict, a file that holds one under ``state_dict`` or
-    ``model``, an MMEngine checkpoint, and a distillation checkpoint, of which
-    it takes the student. The ``module.`` of a parallel wrapper is dropped.
+    The file can be a state dict, a dict with one under ``state_dict`` or
+    ``model``, an MMEngine checkpoint, or a distillation checkpoint. From the
+    latter, the student's weights are returned. The prefix ``module.`` of a
+    parallel wrapper is removed.
 
-    Args and raises: as :func:`read_checkpoint`; ``ValueError`` also if the file holds no weights.
+    Args, Raises: as in :func:`read_checkpoint`. A file without weights also raises ``ValueError``.
     """
     content = read_checkpoint(path, field, trust_checkpoint)
     for key in ('state_dict', 'model'):
@@ -106,11 +106,11 @@ def read_weights(path: str, field: str, trust_checkpoint: bool = False) -> dict[
             content = content[key]
             break
     if not isinstance(content, Mapping) or not any(torch.is_tensor(value) for value in content.values()):
-        raise ValueError(f'{field}: {path!r} holds no weights: expected tensors by name, or such a dict '
+        raise ValueError(f'{field}: {path!r} has no weights, expected a dict of tensors, or such a dict '
                          'under "state_dict" or "model"')
     weights = {name.removeprefix('module.'): value for name, value in content.items()}
     for name in [name for name in weights if re.search(r'(^|\.)data_preprocessor\.(mean|std)$', name)]:
-        del weights[name]  # old files hold what now only the config states
+        del weights[name]  # in old files; now it is in the config alone
     if any(name.startswith(STUDENT_PREFIX) for name in weights):
         weights = {name.removeprefix(STUDENT_PREFIX): value
                    for name, value in weights.items() if name.startswith(STUDENT_PREFIX)}
@@ -121,7 +121,8 @@ def load_completely(model: nn.Module, path: str, field: str, trust_checkpoint: b
     """Loads the file at ``path`` into ``model``; every weight must fit.
 
     Raises:
-        ValueError: lists what is missing, unexpected and of another shape; or as :func:`read_checkpoint`.
+        ValueError: weights are missing, unexpected or have another shape (the message lists them); or as in
+            :func:`read_checkpoint`.
     """
     weights = read_weights(path, field, trust_checkpoint)
     try:

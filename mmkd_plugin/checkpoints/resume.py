@@ -1,4 +1,4 @@
-"""What makes a run one that can be interrupted: hooks that it needs, and the checkpoint that it goes on from."""
+"""Hooks that make a run resumable, and the checkpoint to resume from."""
 import re
 import zipfile
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ HOOKS = dict(
 
 
 def add_safety_hooks(cfg: Config) -> None:
-    """Adds to ``cfg.default_hooks`` what makes a run resume exactly, stop in time and keep its best student.
+    """Adds hooks to ``cfg.default_hooks`` that make a run resume exactly, stop on a bad loss and keep the best student.
 
-    These are ``HOOKS``, unless the config has its own of that name (None for none); the last only where a
-    student is distilled and validated. :class:`SafeCheckpointHook` takes the place of MMEngine's ``CheckpointHook``.
+    It adds ``HOOKS``, except those that the config sets itself; None removes a hook. The last one is added only if a
+    student is distilled and validated. :class:`SafeCheckpointHook` replaces MMEngine's ``CheckpointHook``.
     """
     if not cfg.get('default_hooks'):
         cfg.default_hooks = {}
@@ -30,30 +30,30 @@ def add_safety_hooks(cfg: Config) -> None:
         if name != 'best_student' or has_student:
             hooks.setdefault(name, hook)
         if name in hooks and hooks[name] is None:
-            del hooks[name]  # MMEngine takes None for the names of its own hooks only
+            del hooks[name]  # MMEngine accepts None for its own hooks only
     hooks.setdefault('checkpoint', {})
-    checkpoint = hooks['checkpoint']  # a ConfigDict keeps a copy of what it is given
+    checkpoint = hooks['checkpoint']  # a ConfigDict copies what it gets
     if checkpoint is not None and str(checkpoint.get('type', 'CheckpointHook')).split('.')[-1] == 'CheckpointHook':
         checkpoint['type'] = 'mmkd_plugin.SafeCheckpointHook'
 
 
 def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
-    """Names the checkpoint that ``cfg`` is to resume from, and the seed of that run if the config has none.
+    """Sets the checkpoint that ``cfg`` resumes from, and the seed of that run if the config has none.
 
-    Without ``cfg.load_from`` that is the latest whole one in ``cfg.work_dir``. Nothing changes where there is none: the
-    run begins.
+    Without ``cfg.load_from``, this is the latest complete checkpoint in ``cfg.work_dir``. If there is none, ``cfg``
+    stays unchanged and training starts from the beginning.
 
     Returns:
-        Sentences for the user: which files are damaged, and what is taken instead.
+        Messages for the user: which checkpoints are damaged, and which one is used instead.
 
     Raises:
-        ValueError: there are only damaged checkpoints, or the named one is, or is of something else than a training
-            with this kind of model.
+        ValueError: ``cfg.load_from`` or all checkpoints in ``cfg.work_dir`` are damaged, or the checkpoint is not one
+            of a training with this kind of model.
     """
     said = []
     noted = find_latest_checkpoint(cfg.work_dir) if Path(cfg.work_dir, 'last_checkpoint').exists() else None
     if not cfg.get('load_from') and '://' in (noted or ''):
-        return []  # on another storage, which MMEngine reads
+        return []  # MMEngine reads other storages
     if cfg.get('load_from'):
         if '://' not in cfg.load_from and not is_whole(Path(cfg.load_from)):
             raise ValueError(f'--resume: {cfg.load_from!r} is {_fault(Path(cfg.load_from))}')
@@ -63,13 +63,13 @@ def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
         said = [f'--resume: {path} is {_fault(path)}'
                 for path in candidates[:candidates.index(good) if good else None]]
         if candidates and not good:
-            raise ValueError('\n'.join(said + [f'--resume: no whole checkpoint is left in {cfg.work_dir}. To begin '
-                                               'anew, leave --resume out']))
+            raise ValueError('\n'.join(said + [f'--resume: no complete checkpoint is left in {cfg.work_dir}. To start '
+                                               'again, leave out --resume']))
         if not good:
-            return [f'--resume: no checkpoint in {cfg.work_dir} yet; the run begins']
+            return [f'--resume: no checkpoint in {cfg.work_dir} yet; training starts from the beginning']
         cfg.load_from = str(good)
         if said:
-            said.append(f'--resume: {good} is whole, and taken instead')
+            said.append(f'--resume: {good} is complete and is used instead')
     trust_checkpoint = trust_checkpoint or cfg.model.get('trust_checkpoint', False)
     content = read_checkpoint(cfg.load_from, '--resume', trust_checkpoint)
     _check_run(content, cfg, trust_checkpoint)
@@ -79,29 +79,30 @@ def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
 
 
 def _check_run(content: Any, cfg: Config, trust_checkpoint: bool) -> None:
-    """Raises ``ValueError`` for a file that holds weights, but no run that this config could go on with."""
-    start = ('To start from its weights, leave --resume out, and give the file as load_from or, if it must fit '
-             'entirely, as model.student_ckpt' if 'architecture' in cfg.model else
-             'To start from its weights, leave --resume out, and give the file as load_from')
+    """Raises ``ValueError`` for a file with weights that is not a checkpoint this config can resume from."""
+    start = ('To start from its weights, leave out --resume and set load_from to the file, or model.student_ckpt if '
+             'all weights must fit' if 'architecture' in cfg.model else
+             'To start from its weights, leave out --resume and set load_from to the file')
     place = f'--resume: {cfg.load_from!r}'
     if not isinstance(content, Mapping) or not isinstance(content.get('state_dict'), Mapping):
-        raise ValueError(f'{place} has no state_dict, expected a checkpoint of a training. {start}')
+        raise ValueError(f'{place} has no state_dict, expected a training checkpoint. {start}')
     meta = content.get('meta') if isinstance(content.get('meta'), Mapping) else {}
     lacking = [name for name, there in (('meta.epoch', 'epoch' in meta), ('meta.iter', 'iter' in meta),
                                         ('message_hub', 'message_hub' in content)) if not there]
     if lacking:
-        raise ValueError(f'{place} is no checkpoint of a training: it has no {", ".join(lacking)}. {start}')
+        raise ValueError(f'{place} is not a training checkpoint: it has no {", ".join(lacking)}. {start}')
     distilled = any(key.startswith(STUDENT_PREFIX) for key in content['state_dict'])
     if distilled != ('architecture' in cfg.model):
-        raise ValueError(f'{place} is of {"a distillation" if distilled else "a plain model"}, expected one of '
-                         f'{"a plain model" if distilled else "a distillation"}, as this config is. {start}')
+        raise ValueError(f'{place} is of {"a distillation" if distilled else "a plain model"}, expected a checkpoint '
+                         f'of {"a plain model" if distilled else "a distillation"}, because this config trains one. '
+                         f'{start}')
     if 'config' in meta and not trust_checkpoint:
         raise ValueError(f'{place} is refused: to resume, MMEngine would run the config in its meta as Python. If you '
-                         'trust whoever made it, allow that with --trust-checkpoint')
+                         'trust its source, add --trust-checkpoint')
 
 
 def checkpoints_in(work_dir: Path, noted: str | None = None) -> list[Path]:
-    """Returns the checkpoints of a run in the order to try them: the one that MMEngine noted, then the latest."""
+    """Returns the checkpoints of a run in the order to try them: the one in MMEngine's record, then the latest."""
     steps = {path: int(found[1]) for path in work_dir.glob('*.pth')
              if (found := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))}
     latest = sorted(steps, key=steps.get, reverse=True)
@@ -111,7 +112,7 @@ def checkpoints_in(work_dir: Path, noted: str | None = None) -> list[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether all of a checkpoint is there, by the checksums of its parts."""
+    """Whether a checkpoint is complete, by the checksums of its parts."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -120,4 +121,4 @@ def is_whole(path: Path) -> bool:
 
 
 def _fault(path: Path) -> str:
-    return 'not there' if not path.exists() else f'damaged or cut off ({path.stat().st_size} bytes)'
+    return 'missing' if not path.exists() else f'damaged or incomplete ({path.stat().st_size} bytes)'

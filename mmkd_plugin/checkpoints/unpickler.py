@@ -1,16 +1,16 @@
-"""Reads files of ``torch.save`` so that nothing in them is ever called.
+"""Reader for files of ``torch.save`` that never calls anything in them.
 
-A checkpoint is a pickle, a program that may call any function of any module.
-``torch.load(weights_only=True)`` is no answer before torch 2.6 (CVE-2025-32434, no
-list of further types, TorchScript archives go to ``torch.jit.load`` whatever was
-asked), and MMEngine's checkpoints hold types that it refuses after. So this
-reader serves all versions, and nothing in it depends on ``torch.load``, its
-tar files or its patches of source code.
+A checkpoint is a pickle, a program that can call any function of any module.
+Before torch 2.6, ``torch.load(weights_only=True)`` is not safe (CVE-2025-32434),
+accepts no further types, and passes TorchScript archives to ``torch.jit.load``.
+From 2.6 on, it refuses types in MMEngine's checkpoints. This reader works with
+all versions of torch. It does not use ``torch.load``, nor does it support its
+tar files or source code patches.
 
-What a pickle names becomes a :class:`Name`, which cannot be called. Only
-``_MAKERS`` turn names and arguments into objects, and only ``_STATES`` give an
-object its state; both check what they are given. The file cannot get hold of a
-function, class, module or attribute.
+A name in the pickle becomes a :class:`Name`, which cannot be called. Only
+``_MAKERS`` create objects from names and arguments, and only ``_STATES`` set the
+state of an object. Both check their input. The file cannot access a function,
+class, module or attribute.
 """
 import io
 import os
@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 from .safetensors import is_safetensors, read_safetensors
 
-_MAGIC = 0x1950a86a20f9469cfc6c  # begins a file of torch.save before 1.6
+_MAGIC = 0x1950a86a20f9469cfc6c  # first number in a file of torch.save before 1.6
 _PROTOCOL = 1001
 _HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
-_ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'  # its state has a function of its own
+_ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'  # its state has its annealing function
 _FUNCTIONS = {_HISTORY: ('min', 'max', 'current', 'mean'), _ONE_CYCLE: ('_annealing_cos', '_annealing_linear')}
 
 
 class RefusedError(ValueError):
-    """A file asks for more than data; ``wanted`` says for what."""
+    """A file contains more than data; ``wanted`` describes it."""
 
     def __init__(self, wanted: str) -> None:
         super().__init__(wanted)
@@ -46,7 +46,7 @@ class RefusedError(ValueError):
 
 
 class Name(NamedTuple):
-    """What a pickle calls by name, such as ``'collections.OrderedDict'``."""
+    """A name in a pickle, such as ``'collections.OrderedDict'``."""
     path: str
 
 
@@ -56,15 +56,15 @@ class _Storage(NamedTuple):
 
 
 def read_file(source: str | os.PathLike | BinaryIO) -> Any:
-    """Returns what ``torch.save`` put into the file, or a file of safetensors holds, tensors on the CPU.
+    """Returns the content of a file of ``torch.save`` or safetensors, with tensors on the CPU.
 
     Args:
-        source: path, or a file that is open to be read as bytes.
+        source: a path, or a file that is open in binary mode.
 
     Raises:
-        RefusedError: it holds more than tensors, numbers, text, NumPy arrays, containers and what MMEngine
-            stores, or is a TorchScript archive or a tar file.
-        Exception: it is damaged or something else altogether.
+        RefusedError: the file contains more than tensors, numbers, text, NumPy arrays, containers and the objects that
+            MMEngine stores, or is a TorchScript archive or a tar file.
+        Exception: the file is damaged or has another format.
     """
     if not hasattr(source, 'read'):
         with open(source, 'rb') as file:
@@ -78,7 +78,7 @@ def _read(file: BinaryIO) -> Any:
     size = file.seek(0, 2)
     file.seek(0)
     if start[257:] == b'ustar' or start[:8] == b'storages':
-        raise RefusedError('a tar file, as torch before 0.1.10 wrote it')
+        raise RefusedError('its format, a tar file of torch before 0.1.10')
     if is_safetensors(file, size):
         return read_safetensors(file, size)
     return _read_zip(file, size) if start[:4] == b'PK\x03\x04' else _read_legacy(file, size)
@@ -88,7 +88,7 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if any(name.endswith('constants.pkl') for name in names):
-            raise RefusedError('a TorchScript archive, which is code')
+            raise RefusedError('the code in a TorchScript archive')
         roots = [name.removesuffix('data.pkl') for name in names if name.endswith('/data.pkl')]
         if len(roots) != 1:
             raise ValueError('a zip archive, but not one of torch.save')
@@ -121,7 +121,7 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
         raise ValueError('written on a machine of another byte order')
     content = _Unpickler(file, storage).load()
     for key in _Unpickler(file).load():
-        file.read(8)  # the number of elements, which the pickle told as well
+        file.read(8)  # the number of elements, which is in the pickle too
         _fill(buffers[key][1], file)
     return content
 
@@ -139,11 +139,11 @@ def _fill(buffer: memoryview, file: BinaryIO) -> None:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, whose operations that call something are replaced."""
+    """Python's unpickler, without the operations that call something."""
     dispatch = dict(pickle._Unpickler.dispatch)
     for _code in (pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER,
                   pickle.READONLY_BUFFER, pickle.NEWOBJ_EX, pickle.PERSID):
-        del dispatch[_code[0]]  # no file of torch.save has them
+        del dispatch[_code[0]]  # files of torch.save do not use them
 
     def __init__(self, file: BinaryIO, storage: Callable[[str, int], torch.UntypedStorage] | None = None) -> None:
         super().__init__(file, encoding='utf-8')
@@ -162,7 +162,7 @@ class _Unpickler(pickle._Unpickler):
                 and isinstance(pid[1], torch.dtype) and isinstance(pid[2], str) and _whole(pid[4])):
             raise RefusedError(f'the persistent object {str(pid)[:100]}')
         if pid[5:] not in ((), (None, )):
-            raise RefusedError('views of storages, as torch before 0.4 wrote them')
+            raise RefusedError('views of storages, which torch before 0.4 wrote')
         return _Storage(self._storage(pid[2], pid[4] * pid[1].itemsize), pid[1])
 
     def _make(self) -> None:
@@ -194,7 +194,7 @@ def _require(fits: bool, what: str) -> None:
 
 def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, requires_grad: bool = False, hooks: Any = None,
             metadata: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-    """As ``torch._utils._rebuild_tensor_v2``, without hooks, and within the storage."""
+    """Like ``torch._utils._rebuild_tensor_v2``, but refuses hooks and tensors beyond their storage."""
     size, stride = tuple(size), tuple(stride)
     _require(isinstance(storage, _Storage) and len(size) == len(stride) and _whole(offset, *size, *stride)
              and not metadata and not hooks, 'a tensor of another kind')
@@ -243,12 +243,12 @@ def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
 
 
 def _plain(dtype: Any) -> bool:
-    """Whether items of the dtype are numbers or text, not Python objects, nor records, which may hold such."""
+    """Whether items of the dtype are numbers or text. Records are not, because they may contain Python objects."""
     return isinstance(dtype, np.dtype) and dtype.kind in 'biufcSU' and dtype.names is None
 
 
 def _numpy_dtype(code: str, align: Any = False, copy: Any = False) -> np.dtype:
-    _require(isinstance(code, str), 'a dtype of more than a name')
+    _require(isinstance(code, str), 'a dtype that is not a name')
     dtype = np.dtype(code, copy=True)
     _require(_plain(dtype), f'arrays of {code}')
     return dtype
@@ -262,7 +262,7 @@ def _numpy_dtype_state(dtype: np.dtype, state: Any) -> None:
 
 
 def _method(owner: Name, name: str) -> Name:
-    """The functions that MMEngine writes beside data; what they belong to has them of itself."""
+    """Returns the name of a method that MMEngine stores besides data; its owner already has the method."""
     _require(isinstance(owner, Name) and name in _FUNCTIONS.get(owner.path, ()), f'getattr({owner}, {name!r})')
     return Name(f'{owner.path}.{name}')
 
@@ -278,20 +278,20 @@ def _history_state(buffer: HistoryBuffer, state: Any) -> None:
 
 def _ordered_dict_state(made: OrderedDict, state: Any) -> None:
     _require(isinstance(state, dict) and set(state) <= {'_metadata'}, 'a state of an OrderedDict')
-    if state:  # the versions of modules, of Module.state_dict
+    if state:  # the module versions of Module.state_dict
         made._metadata = state['_metadata']
 
 
 def _encoded(text: str, encoding: str) -> bytes:
     _require(isinstance(text, str) and encoding in ('latin1', 'latin-1'), 'an encoding')
-    return text.encode('latin1')  # how pickles before protocol 3 write bytes
+    return text.encode('latin1')  # bytes in pickles before protocol 3
 
 
 _FACTORIES = {Name(f'builtins.{kind.__name__}'): kind for kind in (list, dict, set, int, float, str, bool, tuple)}
 _FACTORIES[None] = None
 _FACTORIES[Name('collections.OrderedDict')] = OrderedDict
 
-# What may be named without being called.
+# Names that a file may contain, but not call.
 _NAMES = {'numpy.ndarray', *(name.path for name in _FACTORIES if name), *_FUNCTIONS,
           *(f'{owner}.{name}' for owner, names in _FUNCTIONS.items() for name in names)}
 

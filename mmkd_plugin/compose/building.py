@@ -1,4 +1,4 @@
-"""Models of plain configs, built and initialised without a weights file, a download or a process group."""
+"""Building models of plain configs without weights files, downloads or process groups."""
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ def build_random(model: dict, scope: str) -> BaseModel:
     """Builds a model with random parameters.
 
     Args:
-        model: its config, which stays as it is.
-        scope: the library of types without one.
+        model: config of the model. It is not changed.
+        scope: the default scope of its types.
     """
     with DefaultScope.overwrite_default_scope(scope):
         built = revert_sync_batchnorm(MODELS.build(without_weights(model)))
@@ -24,8 +24,8 @@ def build_random(model: dict, scope: str) -> BaseModel:
 
 
 def without_weights(model: dict) -> dict:
-    """Returns a copy of a model's config without what a constructor would load, and without layers that need several
-    processes.
+    """Returns a copy of a model's config without weights that a constructor would load, and without layers that need
+    several processes.
     """
     model = copy.deepcopy(model)
     _strip(model)
@@ -35,31 +35,31 @@ def without_weights(model: dict) -> dict:
 def _strip(node: dict | list) -> None:
     for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
         if key == 'pretrained' and value:
-            node[key] = False if value is True else None  # timm's is a bool
-        elif key == 'teacher_ckpt':  # LAD's own teacher
+            node[key] = False if value is True else None  # a bool in timm
+        elif key == 'teacher_ckpt':  # LAD has its own teacher
             node[key] = None
         elif key == 'type' and value == 'MMSyncBN':
-            node[key] = 'SyncBN'  # which revert_sync_batchnorm makes a plain one
+            node[key] = 'SyncBN'  # revert_sync_batchnorm converts it to BN
         elif isinstance(value, (dict, list)):
             _strip(value)
 
 
 def scope_of(cfg: Config, name: str = '') -> str:
-    """Returns the library whose types a config means; ``name`` is the config's."""
+    """Returns the library whose types the config ``name`` uses."""
     return cfg.get('default_scope') or name.rpartition('::')[0] or 'mmengine'
 
 
 @contextmanager
 def answering(begin: str, end: str = '') -> Iterator[None]:
-    """Turns every exception into a ``ValueError`` of one sentence that begins and ends so."""
+    """Context that turns every exception into a ``ValueError`` with this begin and end of its message."""
     try:
         yield
-    except Exception as error:  # what a model of any library raises is not for us to list
+    except Exception as error:  # models of other libraries raise many types
         raise ValueError(f'{begin}: {in_words(error)}{end}') from error
 
 
 def in_words(error: Exception) -> str:
-    """Returns the type of an exception, and its message on one line, or where it was raised if it has none."""
+    """Returns the type of an exception, and its message on one line, or the place it was raised at if it has none."""
     message = ' '.join(str(error).split()).rstrip('.')
     if not message:
         trace = error.__traceback__

@@ -1,4 +1,4 @@
-"""Composes a config, tries it, and writes it."""
+"""Composing, trying and writing the config of a distillation."""
 import logging
 import os
 from collections.abc import Sequence
@@ -30,33 +30,33 @@ def compose(student: str,
     Args:
         student, teacher: a library's config (``mmdet::...``) or a file.
         method: one of ``METHODS``.
-        teacher_ckpt: file or address of the teacher's weights. What is at an
-            address is not loaded here: the step has a random teacher.
-        out: the file to write, in a directory that is there. It appears whole or not at all.
-        base: of SoKD and of plain feature distillation, one of ``BASES``; by default reviewkd for classifiers, and for
-            detectors pkd where channels agree, else fitnet.
+        teacher_ckpt: file or URL of the teacher's weights. A URL is not
+            downloaded here: the step uses a teacher with random weights.
+        out: the file to write, in an existing directory. It is written completely or not at all.
+        base: base of the methods sokd and feature, one of ``BASES``; by default reviewkd for classifiers, and for
+            detectors pkd if the channels are equal, else fitnet.
         layers: modules, ``NAME`` or ``STUDENT=TEACHER``; by default those whose strides match.
-        overwrite: whether ``out`` may be there.
-        trust_checkpoint: as in :class:`.TeacherStudentDistill`, which gets it.
+        overwrite: whether to replace ``out`` if it exists.
+        trust_checkpoint: as in :class:`.TeacherStudentDistill`; it is written to the config.
 
     Returns:
-        What was wired, as text to print.
+        A report of the layers, losses and inherited modules, as text to print.
 
     Raises:
-        ValueError: an argument is wrong, nothing fits, or the step fails.
+        ValueError: an argument is wrong, no layers match, or the step fails.
     """
     path = Path(out)
     if path.exists() and not overwrite:
         raise ValueError(f'out: {out!r} exists; choose another name, or overwrite it with --overwrite')
     if path.suffix != '.py' or not path.parent.is_dir():
-        raise ValueError(f'out: expected a .py file in a directory that is there, got {out!r}')
+        raise ValueError(f'out: expected a .py file in an existing directory, got {out!r}')
     if base and method == 'amd':
-        raise ValueError(f'base: method amd takes none, got {base!r}. Use --method sokd, or --method feature')
+        raise ValueError(f'base: method amd has no base, got {base!r}. Use --method sokd or --method feature')
     remote = '://' in teacher_ckpt
     if not remote and not Path(teacher_ckpt).is_file():
         raise ValueError(f'teacher_ckpt: no file {teacher_ckpt!r} in {Path.cwd()}')
     unfinished = path.with_name(f'{path.stem}.{os.getpid()}.unfinished.py')
-    logging.disable(logging.WARNING)  # how each weight was initialised, and what training will say again
+    logging.disable(logging.WARNING)  # initialisation, and messages that training repeats
     try:
         with data_only(trust_checkpoint, download=False):
             s_network = Network(student, 'STUDENT')
@@ -68,7 +68,7 @@ def compose(student: str,
         os.replace(unfinished, path)
     except ValueError:
         raise
-    except Exception as error:  # a user gets a sentence; what raised it is its __cause__
+    except Exception as error:  # the user gets one sentence; __cause__ is the original error
         raise ValueError(f'{student!r} and {teacher!r} cannot be composed: {in_words(error)}') from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -78,10 +78,10 @@ def compose(student: str,
 
 def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str, out: Path, base: str | None,
               layers: Sequence[str], trust_checkpoint: bool) -> Plan:
-    """Decides what :func:`compose` writes.
+    """Returns the plan of the config that :func:`compose` writes.
 
     Raises:
-        ValueError: the student cannot be trained so, or no layers match.
+        ValueError: the student's config lacks a field that training needs, or no layers match.
     """
     lacking = [name for name in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not student.cfg.get(name)]
     if lacking:
@@ -91,21 +91,21 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
         raise ValueError(f'STUDENT: train_cfg of {student.name!r} has neither max_epochs nor max_iters')
     same, remarks, logits, task_loss = same_classes(student, teacher), [], None, None
     if not same:
-        remarks.append(f'The teacher has other classes ({_classes(teacher)}) than the student ({_classes(student)}): '
-                       'only features are distilled, and no head is inherited.')
+        remarks.append(f'The teacher has other classes ({_classes(teacher)}) than the student ({_classes(student)}). '
+                       'Only features are distilled, and no head is inherited.')
     elif method == 'amd' and not student.is_detector:
         logits = student.logits(), teacher.logits()
         if None in logits:
             unread = [network.name for network, layer in zip((student, teacher), logits) if layer is None]
-            remarks.append('The logits are not distilled: no layer of the head puts out what a softmax cross-entropy '
-                           f'reads in {" and ".join(unread)}.')
+            remarks.append('The logits are not distilled, because no layer of the head outputs the logits of a softmax '
+                           f'cross-entropy in {" and ".join(unread)}.')
             logits = None
         else:
             task_loss = None if 'loss' in student.cfg.model.head else type(student.model.head.loss_module).__name__
     if layers:
         pairs = [tuple(layer.split('=')) if '=' in layer else (layer, layer) for layer in layers]
     else:
-        # FitNet reads the third stage of four, AMD the last three, the others all four.
+        # FitNet uses the third of four stages, AMD the last three, the others all four.
         stages = dict(fitnet=slice(-2, -1)).get(base, slice(-3 if method == 'amd' or student.is_detector else -4, None))
         pairs = propose_layers(student, teacher, stages, one_width=method == 'sokd' or base == 'fitnet')
     base = _base_for(base, student, teacher, pairs) if method != 'amd' else None
@@ -122,10 +122,10 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
 
 
 def _base_for(base: str | None, student: Network, teacher: Network, pairs: Sequence[tuple[str, ...]]) -> str:
-    """Returns the base, by default one that suits the student's task and the channels.
+    """Returns the base, by default one that fits the student's task and the channels.
 
     Raises:
-        ValueError: ``base`` compares channel with channel, and they differ in number.
+        ValueError: ``base`` needs equal channels, and they differ.
     """
     s_widths, t_widths = ([sorted(network.widths(name)) for name in names]
                           for network, names in zip((student, teacher), zip(*pairs)))
@@ -143,20 +143,20 @@ def _classes(network: Network) -> str:
 
 
 def _of_layers(student: Network, teacher: Network, pairs: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns what a user should know of the layers that are compared."""
+    """Returns remarks for the user on the layers that are compared."""
     remarks = []
     for pair in pairs:
         strides = [[stride(size[0], network.image) for size in network.sizes(name)]
                    for network, name in zip((student, teacher), pair)]
         if all(strides) and strides[0] != strides[1]:
             remarks.append(f'The maps of {pair[0]!r} (stride {_listed(strides[0])}) and of the teacher\'s {pair[1]!r} '
-                           f'(stride {_listed(strides[1])}) differ in size: one is interpolated.')
+                           f'(stride {_listed(strides[1])}) differ in size, so one of them is interpolated.')
     for network, names in zip((student, teacher), zip(*pairs)):
         flat = sorted({name for name in names if name in network.layers and network.layers[name].flat})
         if flat:
-            remarks.append(f'With random weights the maps of {_listed(flat)} in {network.name} have the same energy '
-                           'at every position, as after a layer normalisation: AMD and AT, which compare energies, '
-                           'find little there. Choose layers before the normalisation with --layers, or --method sokd.')
+            remarks.append(f'With random weights, the maps of {_listed(flat)} in {network.name} have the same energy '
+                           'at every position, as after a layer normalisation. AMD and AT compare energies and find '
+                           'little there. Choose layers before the normalisation with --layers, or use --method sokd.')
     return remarks
 
 
@@ -192,8 +192,9 @@ def _report(plan: Plan, trial: Trial, image: int) -> str:
         s_layers, t_layers = (layers_of(network.get_submodule(name)) for network in (model.student, model.teacher))
         lines.append(f'inherit: {len(s_layers.items() & t_layers.items())} of {len(s_layers)} layers of {name}')
     if model.teachers[''].inputs:
-        lines.append('The teacher expects another normalisation or channel order, and gets its images in that form.')
+        lines.append('The teacher expects another normalisation or channel order and gets its images in that form.')
     lines += plan.remarks
     if '://' in plan.teacher_ckpt:
-        lines.append(f'The step had a random teacher: {plan.teacher_ckpt} is fetched when training starts.')
+        lines.append(f'The step used a teacher with random weights. {plan.teacher_ckpt} is downloaded when training '
+                     'starts.')
     return '\n'.join(lines).rstrip()

@@ -1,4 +1,4 @@
-"""Synthetic images and annotations, of the size and kind that a config's pipeline gives."""
+"""Synthetic images and annotations in the size and format of a config's pipeline."""
 from collections.abc import Iterator
 
 import torch
@@ -9,12 +9,12 @@ from torch import nn
 from ..models.algorithms.inherit import num_classes
 from ..models.dummy_input import input_channels
 
-DETECTOR_IMAGE = 256  # side in pixels: the deepest level of a pyramid, of stride 128, has more than one cell
-CLASSIFIER_IMAGE = 224  # where the pipeline gives no size
+DETECTOR_IMAGE = 256  # side in pixels; the deepest level of a pyramid, with stride 128, has more than one cell
+CLASSIFIER_IMAGE = 224  # if the pipeline has no size
 
 
 def image_sides(cfg: Config, is_detector: bool) -> list[int]:
-    """Returns sides of square images to run a model on, the cheapest first: a detector takes many sizes."""
+    """Returns sides of square images to try a model on, the cheapest first."""
     found = [side for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
              for side in _sides((cfg.get(loader) or {}).get('dataset') or {})]
     divisor = (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor') or 1
@@ -25,7 +25,7 @@ def image_sides(cfg: Config, is_detector: bool) -> list[int]:
 
 
 def _sides(dataset: dict) -> Iterator[int]:
-    """Yields the sides that the pipelines of a data set and of those in it give, the last that is stated in each."""
+    """Yields the last side in the pipeline of a data set, and of each data set that it wraps."""
     steps = [step for step in dataset.get('pipeline') or [] if isinstance(step, dict)]
     stated = [value for step in steps for value in (
         next((step[key] for key in ('crop_size', 'scale', 'img_scale', 'size') if step.get(key)), None), ) if value]
@@ -43,14 +43,14 @@ def _sides(dataset: dict) -> Iterator[int]:
 
 
 def synthetic_batch(model: BaseModel, cfg: Config, side: int, samples: int = 2) -> dict:
-    """Returns a batch as a data loader gives it, with random images."""
+    """Returns a batch of random images in the format of a data loader."""
     from mmdet.models.detectors import BaseDetector
     channels = input_channels(model)
     if not isinstance(model, BaseDetector):
         return dict(inputs=torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8),
                     data_samples=synthetic_samples(model, samples))
     from mmdet.testing import demo_mm_inputs
-    classes = min(num_classes(model), default=1)  # things and stuff are counted by heads of their own
+    classes = min(num_classes(model), default=1)  # separate heads may count things and stuff
     batch = demo_mm_inputs(
         samples, [(channels, side, side)] * samples, num_items=[2] * samples, num_classes=max(classes, 2),
         with_mask=_loads(cfg.train_dataloader, 'with_mask'), with_semantic=_loads(cfg.train_dataloader, 'with_seg'))
@@ -60,7 +60,7 @@ def synthetic_batch(model: BaseModel, cfg: Config, side: int, samples: int = 2) 
 
 
 def synthetic_samples(model: BaseModel, samples: int) -> list:
-    """Returns labels for a classifier, one for each task if it has several."""
+    """Returns labels for a classifier, one per task if it has several."""
     return [_sample(model.head, i) for i in range(samples)]
 
 

@@ -1,4 +1,4 @@
-"""A model as the composer sees it: what its backbone and neck put out, and what its head reads."""
+"""A model for the composer: outputs of its backbone and neck, and inputs of its head."""
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,18 +16,18 @@ from ..models.tokens import to_map
 from .building import answering, build_random, scope_of
 from .images import image_sides, synthetic_samples
 
-FLAT = 1e-3  # relative spread of the energy of a map below which it is the same everywhere
-EARLY, DEEP = 0.15, 0.5  # of the modules of a backbone that have run before the output of a layer
+FLAT = 1e-3  # relative spread of a map's energy below which the map counts as flat
+EARLY, DEEP = 0.15, 0.5  # fraction of the backbone's modules that ran before the output of a layer
 Size = tuple[int, int]  # height and width
 
 
 @dataclass
 class Layer:
-    """What a module puts out for two random images."""
+    """The output of a module for two random images."""
     name: str
     maps: list[Tensor]  # (2, C, H, W) each
-    depth: float = 1.0  # part of the modules of its backbone that have run before it ends, 0 to 1
-    tokens: bool = False  # whether it puts out tokens (N, L, C), here as maps
+    depth: float = 1.0  # fraction of the backbone's modules that ran before it ended, 0 to 1
+    tokens: bool = False  # whether it outputs tokens (N, L, C), converted to maps here
 
     @property
     def sizes(self) -> list[Size]:
@@ -35,12 +35,12 @@ class Layer:
 
     @property
     def depends(self) -> bool:
-        """Whether all maps depend on the image: unlike a position embedding, which is the same for both."""
+        """Whether all maps depend on the image. A position embedding does not."""
         return all(float((x[0] - x[1]).abs().max()) > 1e-6 * float(x.abs().max()) for x in self.maps)
 
     @property
     def trained(self) -> bool:
-        """Whether all maps depend on a weight that is trained; of a network that ran with gradient."""
+        """Whether all maps depend on a trained weight. The network must have run with gradient."""
         return all(x.requires_grad for x in self.maps)
 
     @property
@@ -52,7 +52,7 @@ class Layer:
 def is_flat(x: Tensor) -> bool:
     """Whether the energy of a map (N, C, H, W), the sum of squares over channels, is the same at every position.
 
-    With random weights, that is so after a normalisation over channels.
+    With random weights, this is the case after a normalisation over channels.
     """
     energy = x.float().square().sum(1).flatten(1)
     return energy.shape[1] > 1 and bool((energy.std(1) < FLAT * energy.mean(1)).all())
@@ -63,16 +63,16 @@ def _same_storage(x: Tensor, y: Tensor) -> bool:
 
 
 class Network:
-    """The model of a config, with random parameters, and the feature maps that it makes of two random images.
+    """The model of a config with random parameters, and its feature maps for two random images.
 
     Args:
         name: a library's config (``mmdet::...``) or a file.
-        field: begins error messages.
+        field: the argument that names it; error messages begin with it.
         student: the network whose images it gets; None if it is the student itself.
 
     Raises:
-        ValueError: there is no such config, or it is one of a distillation, or its
-            model is no detector or classifier, or cannot be built or run.
+        ValueError: the config does not exist or is a distillation, or its model is
+            not a detector or classifier, or cannot be built or run.
     """
 
     def __init__(self, name: str, field: str, student: 'Network | None' = None) -> None:
@@ -81,14 +81,14 @@ class Network:
         self.name, self.field = name, field
         self.cfg = read_plain(name, field)
         with answering(f'{field}: {name!r} cannot be built here',
-                       '. It may need a package that is not installed, or a file that is not there'):
+                       '. It may need a package that is not installed, or a file that is missing'):
             self.model = build_random(self.cfg.model, scope_of(self.cfg, name))
         if not isinstance(self.model, (BaseDetector, BaseClassifier)):
-            raise ValueError(f'{field}: expected a detector of MMDetection or a classifier of MMPretrain, {name!r} is '
-                             f'{type(self.model).__name__}. Name another config')
+            raise ValueError(f'{field}: {name!r} is a {type(self.model).__name__}, expected a detector of MMDetection '
+                             'or a classifier of MMPretrain. Name another config')
         if not isinstance(getattr(self.model, 'backbone', None), nn.Module):
-            raise ValueError(f'{field}: {type(self.model).__name__} of {name!r} has no backbone of its own, it wraps '
-                             'another model. Name a config whose model is that one')
+            raise ValueError(f'{field}: {type(self.model).__name__} of {name!r} wraps another model and has no '
+                             'backbone of its own. Name a config of the wrapped model')
         with answering(f'{field}: the parameters of {name!r} cannot be initialised'):
             self.model.init_weights()
         self.is_detector = isinstance(self.model, BaseDetector)
@@ -99,7 +99,7 @@ class Network:
         self.image = self._look_at_some_size(student)
 
     def _look_at_some_size(self, student: 'Network | None') -> int:
-        """Returns the side of an image on which the network runs."""
+        """Returns an image side at which the network runs."""
         sides = [student.image] if student else image_sides(self.cfg, self.is_detector)
         for side in sides:
             try:
@@ -110,11 +110,11 @@ class Network:
         whose = "the student's images" if student else 'random images'
         with answering(f'{self.field}: {self.name!r} does not run on {whose} of '
                        f'{" or ".join(f"{side} x {side}" for side in sides)}',
-                       '. Use images of the size that it was made for' if student else ''):
+                       '. Use images of the size that it was built for' if student else ''):
             raise failure
 
     def _look(self, side: int) -> None:
-        """Fills ``calls`` and ``layers`` from two random images."""
+        """Fills ``calls`` and ``layers`` by running two random images."""
         self.calls.clear()
         self.layers.clear()
         finished: dict[str, int] = {}
@@ -137,7 +137,7 @@ class Network:
                  if name.split('.')[0] in ('backbone', 'neck')]
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, input_channels(self.model), side, side, generator=generator)
-        self.model.train()  # some freeze their first stages only there
+        self.model.train()  # some backbones freeze their first stages here
         try:
             with evaluating(self.model), torch.set_grad_enabled(self.is_student):
                 self.features = self.model.extract_feat(images)
@@ -150,7 +150,7 @@ class Network:
                 layer.depth = finished[name] / max(total, 1)
 
     def _as_map(self, x, side: int) -> Tensor | None:
-        """Returns what a module puts out as (2, C, H, W), if it is feature maps or tokens."""
+        """Returns the output of a module as (2, C, H, W) if it is feature maps or tokens, else None."""
         if not isinstance(x, Tensor) or x.dim() not in (3, 4) or len(x) != 2 or not x.is_floating_point():
             return None
         if x.dim() == 3:
@@ -158,10 +158,10 @@ class Network:
                 x = to_map(x, (side, side))
             except ValueError:
                 return None
-        return x if x.shape[2] == x.shape[3] else None  # (N, H, W, C) is no map
+        return x if x.shape[2] == x.shape[3] else None  # (N, H, W, C) does not count
 
     def sizes(self, module: str) -> list[Size]:
-        """Returns the size of each map that the module puts out."""
+        """Returns the size of each map of the module."""
         return self.layers[module].sizes if module in self.layers else []
 
     def widths(self, module: str) -> set[int]:
@@ -169,12 +169,12 @@ class Network:
         return {x.shape[1] for x in self.layers[module].maps} if module in self.layers else set()
 
     def distillable(self, module: str) -> bool:
-        """Whether a module's maps depend on the image and, of the student, on weights that are trained."""
+        """Whether a module's maps depend on the image and, in the student, on trained weights."""
         layer = self.layers.get(module)
         return layer is not None and layer.depends and (layer.trained or not self.is_student)
 
     def levels(self) -> dict[Size, str]:
-        """Returns, by size, the modules whose only output is a level of the neck."""
+        """Returns, by size, the modules whose only output is one level of the neck."""
         found = {}
         for level in self.layers['neck'].maps if 'neck' in self.layers else []:
             names = [name for name, layer in self.layers.items()
@@ -184,11 +184,11 @@ class Network:
         return {size: name for size, name in found.items() if self.distillable(name)}
 
     def stages(self) -> dict[Size, str]:
-        """Returns, by size from shallow to deep, the last of the backbone's outermost modules with such a map.
+        """Returns, by size from shallow to deep, the last of the backbone's outermost modules with a map of that size.
 
-        A module counts if its map depends on the image and, in a student, on what is trained. One whose energy is the
-        same everywhere, as after a normalisation, gives way to the one before it. One position is no map but a
-        pooled vector.
+        A module counts if its map depends on the image and, in a student, on trained weights. If the energy of its map
+        is the same everywhere, as after a normalisation, the module before it is returned instead. A map with one
+        position is a pooled vector and does not count.
         """
         found: dict[Size, str] = {}
         candidates = {name for name, layer in self.layers.items()
@@ -199,7 +199,7 @@ class Network:
             if name not in candidates or any('.'.join(parents[:i]) in candidates for i in range(2, len(parents) + 1)):
                 continue
             before = self.layers.get(found.get(layer.sizes[0], ''))
-            passed_on = before and _same_storage(before.maps[0], layer.maps[0])  # by nn.Identity, or a padding of 0
+            passed_on = before and _same_storage(before.maps[0], layer.maps[0])  # by nn.Identity or a padding of 0
             if before is None or not passed_on and (before.flat or not layer.flat):
                 found[layer.sizes[0]] = name
         if len(self.sizes('backbone')) == 1 and self.distillable('backbone'):
@@ -207,10 +207,10 @@ class Network:
         return dict(sorted(found.items(), reverse=True))
 
     def logits(self) -> str | None:
-        """Returns the layer whose output the head's softmax cross-entropy reads; None where there is none.
+        """Returns the layer whose output is the input of the head's softmax cross-entropy, or None.
 
-        It is found by what the loss is called with. A head that scales or adds a margin to what its last layer puts
-        out, such as ArcFace's, has no such layer.
+        It compares the input of the loss with the outputs of layers. A head that scales the output of its last layer or
+        adds a margin, such as ArcFace's, has no such layer.
         """
         head = getattr(self.model, 'head', None)
         loss = getattr(head, 'loss_module', None)
@@ -230,7 +230,7 @@ class Network:
         try:
             with evaluating(self.model), torch.no_grad():
                 head.loss(self.features, synthetic_samples(self.model, 2))
-        except Exception:  # of any head: one that has no loss has no logits that a loss reads
+        except Exception:  # a head without a loss has no such logits
             return None
         finally:
             for hook in hooks:
@@ -239,7 +239,7 @@ class Network:
         return min(names, key=lambda name: name.count('.')) if len(read) == 1 and names else None
 
     def class_names(self) -> tuple[str, ...] | None:
-        """Returns the names of the classes of the training data; None where the config does not tell."""
+        """Returns the class names of the training data, or None if the config does not have them."""
         dataset = (self.cfg.get('train_dataloader') or {}).get('dataset', {})
         while 'dataset' in dataset or 'datasets' in dataset:  # wrappers such as RepeatDataset and ConcatDataset
             dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
@@ -254,7 +254,7 @@ def read_plain(name: str, field: str) -> Config:
     """Returns the config of a plain model.
 
     Raises:
-        ValueError: there is no such config, it cannot be read, or it is one of a distillation.
+        ValueError: the config does not exist, cannot be read, or is a distillation.
     """
     try:
         cfg = read_cfg_path(name, field)
@@ -266,7 +266,7 @@ def read_plain(name: str, field: str) -> Config:
     if not isinstance(cfg.model, dict):
         raise ValueError(f'{field}: model of {name!r} must be a dict, got {type(cfg.model).__name__}')
     if 'architecture' in cfg.model:
-        raise ValueError(f'{field}: {name!r} is a distillation already; name the config of the plain model')
+        raise ValueError(f'{field}: {name!r} is already a distillation. Name the config of the plain model')
     if 'teacher_config' in cfg.model:
         raise ValueError(f'{field}: {name!r} ({cfg.model.get("type")}) has a teacher of its own in teacher_config. '
                          'Name the config of the plain student')
@@ -274,12 +274,12 @@ def read_plain(name: str, field: str) -> Config:
 
 
 def same_classes(student: Network, teacher: Network) -> bool:
-    """Whether both have equally many classes and nothing says that these have other names."""
+    """Whether both have the same number of classes and, if known, the same class names."""
     names = student.class_names(), teacher.class_names()
     return student.classes == teacher.classes and (None in names or names[0] == names[1])
 
 
 def stride(length: int, image: int) -> int | float:
-    """Returns the pixels per cell of a map, whole where they are."""
+    """Returns the pixels per cell of a map, as an int if it is whole."""
     pixels = level_stride(image, length)
     return int(pixels) if pixels == int(pixels) else round(pixels, 1)

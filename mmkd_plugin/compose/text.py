@@ -1,28 +1,28 @@
-"""The config of a distillation, as Python that a person would have written."""
+"""The config of a distillation as readable Python."""
 from dataclasses import dataclass
 from textwrap import wrap
 
 from ..models.distillers.presets import PRESETS
 
 METHODS = dict(amd='AMDDistiller', sokd='SoKDDistiller', feature='FeatureDistiller')
-BASES = tuple(name for name in PRESETS if name != 'crd')  # which needs a data set and its size
+BASES = tuple(name for name in PRESETS if name != 'crd')  # crd needs a data set and its size
 _WIDTH = 120
 
 
 @dataclass
 class Plan:
-    """What the config is to say."""
-    method: str  # of METHODS
-    base: str | None  # of BASES; None for AMD
-    student: str  # as _base_ names it
+    """The content of the config."""
+    method: str  # one of METHODS
+    base: str | None  # one of BASES; None for AMD
+    student: str  # its name in _base_
     teacher: str
     teacher_ckpt: str
     trust_checkpoint: bool
-    layers: list[tuple[str, str]]  # of student and teacher
-    strides: list[int | float]  # of the maps of the layers; empty if not known
+    layers: list[tuple[str, str]]  # in student and teacher
+    strides: list[int | float]  # of the layers' maps; empty if unknown
     inherit: list[str]
-    logits: tuple[str, str] | None  # of student and teacher, where they are distilled too
-    task_loss: str | None  # its type, if logits are distilled and the student's config leaves it to the head
+    logits: tuple[str, str] | None  # layers in student and teacher, if logits are distilled
+    task_loss: str | None  # type, if logits are distilled and the student's config does not set the loss
     detector: bool
     length: dict[str, int]  # max_epochs or max_iters
     hooks: bool  # whether the student has custom_hooks
@@ -39,7 +39,7 @@ def config_text(plan: Plan) -> str:
     lines += [f'_base_ = [{plan.student!r}]', '']
     if plan.logits:
         loss = f' = dict(type={plan.task_loss!r}, loss_weight=0.1)' if plan.task_loss else '.loss_weight = 0.1'
-        lines += [f'_base_.model.head.loss{loss}  # of the labels; 0.9 of the teacher', '']
+        lines += [f'_base_.model.head.loss{loss}  # weight of the labels; 0.9 is the weight of the teacher', '']
     lines += ['model = dict(',
               '    _delete_=True,',
               "    type='mmkd_plugin.TeacherStudentDistill',",
@@ -49,7 +49,7 @@ def config_text(plan: Plan) -> str:
     if plan.trust_checkpoint:
         lines.append('    trust_checkpoint=True,  # the file may run code')
     if plan.inherit:
-        lines += _list('    inherit=', plan.inherit, "start from the teacher's weights, where shapes agree")
+        lines += _list('    inherit=', plan.inherit, "start from the teacher's weights where shapes agree")
     if plan.base == 'reviewkd':
         end = 'end=1, by_epoch=True' if 'max_epochs' in plan.length else f'end={max(1, _length(plan) // 100)}'
         lines.append(f"    loss_schedules={{'loss_reviewkd*': dict(start_factor=0.0, {end})}},  # a warm-up")
@@ -71,11 +71,11 @@ def _comment(text: str) -> list[str]:
 
 
 def _seen_from(path: str) -> str:
-    return '' if '::' in path or '://' in path else '  # seen from where you run'
+    return '' if '::' in path or '://' in path else '  # relative to the working directory'
 
 
 def _list(start: str, values: list, comment: str) -> list[str]:
-    """``start`` and a list, on one line if it fits with its comment."""
+    """Returns ``start`` and a list, on one line if they fit with the comment."""
     comment = f'  # {comment}' if comment else ''
     line = f'{start}{values!r},{comment}'
     if len(line) <= _WIDTH:
@@ -88,8 +88,8 @@ def _amd(plan: Plan) -> list[str]:
     if plan.detector:
         return ['        amd=dict(scale_free=True, local_grid=2)))  # one weight for small and large maps']
     if not plan.logits:
-        return ['        amd=dict(loss_weight=1000.0)))  # of each layer; the paper prints none']
-    return ['        amd=dict(loss_weight=1000.0),  # of each layer; the paper prints none',
+        return ['        amd=dict(loss_weight=1000.0)))  # per layer; the paper has no value']
+    return ['        amd=dict(loss_weight=1000.0),  # per layer; the paper has no value',
             f"        student_recorders=dict(logits=dict(type='ModuleOutputs', source={plan.logits[0]!r})),",
             f"        teacher_recorders=dict(logits=dict(type='ModuleOutputs', source={plan.logits[1]!r})),",
             "        distill_losses=dict(loss_kd=dict(type='KLDivergence', tau=4, loss_weight=0.9)),",
@@ -106,7 +106,7 @@ def _feature(plan: Plan) -> list[str]:
 def _sokd(plan: Plan) -> list[str]:
     unit = 'search_epochs' if 'max_epochs' in plan.length else 'search_iters'
     hook = f"dict(type='mmkd_plugin.FreezePolicyHook', {unit}={max(1, round(_length(plan) / 6))})"
-    dam = ('detect_loss_weight=0.3, area_loss_weight=0.9)))  # at the defaults, DAM outweighs the task'
+    dam = ('detect_loss_weight=0.3, area_loss_weight=0.9)))  # with the defaults, DAM outweighs the task'
            if plan.detector else "anchor='attention')))")
     return [f'        base={plan.base!r},',
             f'        dam=dict({dam}',

@@ -15,13 +15,13 @@ from .building import answering, build_random, scope_of
 from .images import synthetic_batch
 from .network import Network, is_flat
 
-_NOTHING = 1e-9  # a distillation loss below it is nothing but rounding
+_NOTHING = 1e-9  # a distillation loss below this is rounding
 
 
 @dataclass
 class Reading:
-    """What one distillation loss compares."""
-    student: str  # module
+    """The outputs that one distillation loss compares."""
+    student: str  # name of the module
     teacher: str
     s_output: Tensor  # (N, C, H, W), tokens (N, L, C) or logits (N, classes)
     t_output: Tensor
@@ -31,32 +31,32 @@ class Reading:
 class Trial:
     """One step of a distillation."""
     model: TeacherStudentDistill
-    losses: dict[str, float]  # the distillation's, weighted, by name
-    readings: dict[str, Reading]  # of those losses that compare two layers
+    losses: dict[str, float]  # weighted distillation losses by name
+    readings: dict[str, Reading]  # for losses that compare two layers
 
 
 def try_one_step(cfg: Config, student: Network, teacher: Network, random_teacher: bool) -> Trial:
-    """Trains the model of ``cfg`` for one step on synthetic data, and downloads nothing.
+    """Trains the model of ``cfg`` for one step on synthetic data, without downloads.
 
     Args:
         cfg: the composed config.
-        student, teacher: whose configs are in it. The model of ``teacher`` is used.
-        random_teacher: whether to leave the teacher's weights out.
+        student, teacher: the networks of the config. The step uses the model of ``teacher``.
+        random_teacher: whether the teacher has random weights.
 
     Raises:
         ValueError: the model cannot be built or trained, a loss is not finite, or a
-            distillation loss is zero or does not reach the student.
+            distillation loss is zero or does not depend on the student's weights.
     """
     cfg = copy.deepcopy(cfg)
-    cfg.model.pop('loss_schedules', None)  # a warm-up begins at zero
+    cfg.model.pop('loss_schedules', None)  # a warm-up starts at zero
     if random_teacher:
         cfg.model.pop('teacher_ckpt')
         cfg.model.allow_random_teacher = True
     if 'data_preprocessor' in cfg:
         cfg.model.architecture.setdefault('data_preprocessor', cfg.data_preprocessor)
-    (cfg.model.architecture.get('data_preprocessor') or {}).pop('batch_augments', None)  # a detector's: other sizes
+    (cfg.model.architecture.get('data_preprocessor') or {}).pop('batch_augments', None)  # would change sizes
     hub = MessageHub.get_instance('compose_config')
-    hub.update_info_dict(dict(iter=0, epoch=0, max_iters=100, max_epochs=100))  # some heads ask
+    hub.update_info_dict(dict(iter=0, epoch=0, max_iters=100, max_epochs=100))  # some heads read them
     architecture = build_random(cfg.model.architecture, scope_of(cfg))
     model = {key: value for key, value in cfg.model.items() if key not in ('architecture', 'teacher')}
     with DefaultScope.overwrite_default_scope(scope_of(cfg)):
@@ -65,7 +65,7 @@ def try_one_step(cfg: Config, student: Network, teacher: Network, random_teacher
 
 
 def _step(model: TeacherStudentDistill, cfg: Config, image: int) -> Trial:
-    outputs: dict[tuple[bool, str], list] = {}  # of each call, by whether from the student, and recorder
+    outputs: dict[tuple[bool, str], list] = {}  # of each call, by (is the student's, name of the recorder)
 
     def note(key: tuple[bool, str]):
         def hook(module: nn.Module, args: tuple, output) -> None:
@@ -76,7 +76,7 @@ def _step(model: TeacherStudentDistill, cfg: Config, image: int) -> Trial:
     recorders = {True: distiller.student_recorders, False: distiller.teacher_recorders}
     for side, network in ((True, model.student), (False, model.teacher)):
         for name, recorder in recorders[side].recorders.items():
-            # the teacher's forward ends within the hook of its last recorder
+            # the teacher's forward pass ends in the hook of its last recorder
             network.get_submodule(recorder.source).register_forward_hook(note((side, name)), prepend=True)
     optim = cfg.optim_wrapper.copy()
     if optim.get('type') == 'AmpOptimWrapper':  # half precision needs a GPU
@@ -116,21 +116,21 @@ def _read(calls: list, entry: dict) -> Tensor:
 
 
 def _check(name: str, loss: Tensor, features: list[Tensor], reading: Reading | None) -> None:
-    if name.startswith(('loss_aug', 'loss_align')):  # these are for the policy and the adapter
+    if name.startswith(('loss_aug', 'loss_align')):  # losses of the policy and the adapter
         return
     outputs = [reading.s_output, reading.t_output] if reading else []
     if any(x.dim() == 4 and x[0, 0].numel() == 1 for x in outputs):
-        return  # a level of one cell, where some losses have nothing to compare
+        return  # on a level with one cell, some losses are zero
     where = f'{reading.student!r} and {reading.teacher!r}' if reading else 'its layers'
     what = f'{reading.student!r} depends' if reading else 'its layers depend'
-    dead = f'{name} does not reach the student: {what} on no weight that is trained. Name others with --layers'
+    dead = f'{name} does not reach the student: {what} on no trained weight. Name other layers with --layers'
     if outputs and not outputs[0].requires_grad:
         raise ValueError(dead)
     if any(is_flat(to_map(x) if x.dim() == 3 else x) for x in outputs if x.dim() > 2):
-        return  # with random weights there is nothing to compare, of which a remark tells
+        return  # zero with random weights; a remark reports it
     if loss.abs() < _NOTHING:
         raise ValueError(f'{name} is {float(loss):.1g} in a step on synthetic data: it finds nothing to compare in '
-                         f'{where}. Name others with --layers')
+                         f'{where}. Name other layers with --layers')
     gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True) if (
         features and loss.requires_grad) else []
     if not any(gradient is not None and gradient.any() for gradient in gradients):

@@ -1,4 +1,4 @@
-"""Which layers of two networks belong together, and what one may start from the other's weights."""
+"""Pairing the layers of two networks, and finding the modules that the student can inherit."""
 import math
 from itertools import product
 
@@ -9,15 +9,15 @@ from .network import DEEP, EARLY, Network, same_classes, stride
 
 
 def propose_layers(student: Network, teacher: Network, stages: slice, one_width: bool) -> list[tuple[str, str]]:
-    """Returns pairs (student's, teacher's) of modules whose maps have the same strides.
+    """Returns pairs (student, teacher) of modules whose maps have the same strides.
 
-    The whole neck if all its levels agree, else those of its levels that do, else stages of the backbone, else the
-    whole backbone. Every map depends on the image, and in the student on weights that are trained. Stages
-    are not from the first layers, and the last of them is deep. Where no stride agrees, the
-    deep stages of the nearest strides are paired, whose maps differ in size.
+    It returns the whole neck if the strides of all its levels agree, else the levels whose strides agree, else stages
+    of the backbone, else the whole backbone. Every map depends on the image and, in the student, on trained weights.
+    No stage is among the first layers, and the last one is deep. If no strides agree, it pairs the deep stages with
+    the nearest strides; their maps differ in size.
 
     Args:
-        stages: which of the stages in common, from shallow to deep.
+        stages: which of the common stages to use, from shallow to deep.
         one_width: whether all maps of a module must have the same channels.
 
     Raises:
@@ -59,19 +59,20 @@ def _depth(student: Network, teacher: Network, s_found: dict, t_found: dict, siz
 def _strides_of(network: Network) -> str:
     found = {**network.stages(), **network.levels()}
     given = ', '.join(f'{stride(size[0], network.image)} ({name})' for size, name in found.items())
-    trained = ' and trains it' if network.is_student else ''
+    trained = ' and on trained weights' if network.is_student else ''
     return f'{network.name} has feature maps of stride {given}' if given else (
-        f'{network.name} has no module that puts out feature maps (N, C, H, W) or tokens (N, L, C) that depend on the '
-        f'image{trained}; its backbone is {type(network.model.backbone).__name__}')
+        f'{network.name} (backbone {type(network.model.backbone).__name__}) has no module with feature maps '
+        f'(N, C, H, W) or tokens (N, L, C) that depend on the image{trained}')
 
 
 def propose_inherit(student: Network, teacher: Network) -> list[str]:
-    """Returns modules beside the backbone that may start from the teacher's weights.
+    """Returns modules, other than the backbone, that can start from the teacher's weights.
 
-    They must be of one class, and have the same classes. All serve the heads, so one head must be of one
-    class; and the levels of a neck must have the same strides. Of what remains, a module whose layers are the
-    teacher's, in the same shapes, is named whole, else its children of which this holds. Of a part of the
-    neck, more than half of the layers are enough: one may read a wider backbone.
+    A module must have the same type in student and teacher. If the classes differ, modules with classes do not count.
+    At least one head must have the same type, because the other modules serve the heads. The levels of a neck must
+    have the same strides. If all layers of a module agree in name and shape, the module is returned, else those of its
+    children that do. For children of a neck, it is enough that more than half of the layers agree, because one of them
+    may read a wider backbone.
     """
     pairs = {name: (module, getattr(teacher.model, name, None)) for name, module in student.model.named_children()
              if name not in ('backbone', 'data_preprocessor')}
@@ -97,7 +98,7 @@ def propose_inherit(student: Network, teacher: Network) -> list[str]:
 
 
 def layers_of(module: nn.Module) -> dict[str, tuple]:
-    """Returns the names and shapes of the weights that each layer in ``module`` has itself."""
+    """Returns the names and shapes of each layer's own weights in ``module``."""
     layers = {name: tuple((key, tuple(weight.shape)) for key, weight in layer.named_parameters(recurse=False))
               for name, layer in module.named_modules()}
     return {name: weights for name, weights in layers.items() if weights}

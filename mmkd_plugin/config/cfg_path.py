@@ -1,4 +1,4 @@
-"""Models by the path of their config: a library's (``mmdet::...``) or a file of one's own."""
+"""Reading configs and building models by ``cfg_path``: a library's config (``mmdet::...``) or a file."""
 from pathlib import Path
 
 from mmengine.config import Config
@@ -13,10 +13,10 @@ from ..utils import closest
 
 
 def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
-    """Returns the config at ``cfg_path``, whose ``model`` has its own ``data_preprocessor``.
+    """Returns the config at ``cfg_path``; its ``model`` has its own ``data_preprocessor``.
 
     Raises:
-        ValueError: there is no such config; names the closest.
+        ValueError: the config does not exist (the message names the closest), or has no model.
     """
     try:
         cfg = get_config(cfg_path) if '::' in cfg_path else Config.fromfile(cfg_path)
@@ -33,10 +33,10 @@ def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_ch
     """Builds the model at ``cfg_path``, in the scope of its library.
 
     Args:
-        cfg_path: as above.
-        field: of the config that names it, for error messages.
+        cfg_path: as in :func:`read_cfg_path`.
+        field: the config field that names it, for error messages.
         pretrained: whether to load the library's official weights; all of them must fit.
-        trust_checkpoint: whether these, and files that the model reads when it is built, may run code, as in
+        trust_checkpoint: whether these weights, and files that the model reads when it is built, may run code, as in
             :func:`read_checkpoint`.
     """
     cfg = read_cfg_path(cfg_path, field)
@@ -58,10 +58,10 @@ def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_ch
 
 
 def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> BaseModel:
-    """Returns the model of a config, of ``dict(cfg_path=...)``, or the one given.
+    """Builds the model of a config or of ``dict(cfg_path=...)``; returns a model unchanged.
 
     Raises:
-        ValueError: ``model`` is neither, or has options beside ``cfg_path``.
+        ValueError: ``model`` is none of these, or has options besides ``cfg_path``.
     """
     if not isinstance(model, (dict, BaseModel)):
         raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}')
@@ -72,8 +72,8 @@ def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> 
             return RAZOR_MODELS.build(model)
     dropped = sorted(set(model) - {'cfg_path', 'pretrained'})
     if dropped:
-        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped without a word. Inherit '
-                         f'the config instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
+        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped silently. Inherit the config '
+                         f'instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
     return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False), trust_checkpoint)
 
 

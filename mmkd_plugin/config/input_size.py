@@ -1,4 +1,4 @@
-"""The size of the training images, where a data pipeline fixes it."""
+"""The size of the training images, if the data pipeline fixes it."""
 from mmengine.config import Config
 
 _VARIES = ('ResizeEdge', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'Mosaic', 'RandomAffine')
@@ -7,10 +7,10 @@ _FIXES = {'RandomResizedCrop': 'scale', 'EfficientNetRandomCrop': 'scale', 'Cent
 
 
 def fixed_input_size(cfg: Config) -> tuple[int, int] | None:
-    """Returns height and width of the images that the training pipeline of ``cfg`` makes; None where they vary.
+    """Returns height and width of the images of the training pipeline of ``cfg``, or None if they vary.
 
-    The last transform that decides it counts. A resize that keeps the ratio of the sides fixes nothing, and neither
-    does a random crop of MMDetection, whose images may be smaller.
+    The last transform that sets a size counts. A resize that keeps the aspect ratio does not fix the size. Neither does
+    a random crop of MMDetection, because its images may be smaller.
     """
     dataset = (cfg.get('train_dataloader') or {}).get('dataset') or {}
     while not dataset.get('pipeline') and (dataset.get('dataset') or dataset.get('datasets')):
@@ -28,7 +28,7 @@ def fixed_input_size(cfg: Config) -> tuple[int, int] | None:
 
 
 def _size(scale: int | tuple[int, int]) -> tuple[int, int] | None:
-    """Returns a pipeline's (width, height), or side, as (height, width)."""
+    """Converts the (width, height) or the side in a pipeline to (height, width)."""
     if isinstance(scale, (list, tuple)):
         return (scale[1], scale[0]) if len(scale) == 2 and all(isinstance(x, int) for x in scale) else None
     return (scale, scale) if isinstance(scale, int) else None

@@ -1,4 +1,4 @@
-"""The config of a command: its file, its options, and the paths in it."""
+"""Reading the config of a command, with its options and paths."""
 from pathlib import Path
 
 from mmengine.config import Config
@@ -12,16 +12,16 @@ PATHS = ('model.architecture.cfg_path', 'model.student_ckpt', 'load_from')  # an
 def read_config(path: str, cfg_options: dict | None = None) -> Config:
     """Reads a config file for a command.
 
-    A path in the config is relative to the working directory. Where nothing is there, but something is relative to the
-    config's own folder, as ``_base_`` is, that is taken: see :data:`PATHS`, and ``cfg_path`` and ``teacher_ckpt`` of
-    each teacher.
+    The paths in the fields :data:`PATHS`, and in ``cfg_path`` and ``teacher_ckpt`` of each teacher, are relative to the
+    working directory. If a path does not exist there, but exists in the folder of the config file, that one is used.
 
     Args:
         path: the file.
-        cfg_options: of the command line, which override fields; their paths are relative to the working directory.
+        cfg_options: options of the command line, which override fields. Their paths are relative to the working
+            directory.
 
     Raises:
-        ValueError: there is no such file; names the closest.
+        ValueError: the file does not exist. The message names the closest.
     """
     if not Path(path).is_file():
         known = [file.as_posix() for file in Path('configs').rglob('*.py') if '_base_' not in file.parts]

@@ -1,14 +1,14 @@
-"""What a library's metafiles say of its weights."""
+"""Metrics of a library's weights from its metafiles."""
 from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
 from mmengine.utils import get_installed_path
 
-# What metafiles call a metric, what MMDetection and MMPretrain call it, and the one in units of the other.
+# Name of a metric in metafiles; its name in MMDetection and MMPretrain, and the factor between the units.
 _METAFILE = {'box AP': ('coco/bbox_mAP', 0.01), 'mask AP': ('coco/segm_mAP', 0.01), 'PQ': ('coco_panoptic/PQ', 1.0),
              'Top 1 Accuracy': ('accuracy/top1', 1.0), 'Top 5 Accuracy': ('accuracy/top5', 1.0)}
 
 
 def metafile_metrics(cfg_path: str) -> dict[str, float]:
-    """Returns what the metafile of a library's config says of its weights, in the names and units of evaluators."""
+    """Returns the metrics in the metafile of a library's config, in the names and units of the evaluators."""
     if '::' not in cfg_path:
         return {}
     package, name = _get_package_and_cfg_path(cfg_path)

@@ -1,4 +1,4 @@
-"""Finds missing data and weights before a training starts, not an epoch into it."""
+"""Check for missing data and weights before training starts."""
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -15,15 +15,15 @@ _WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab
 
 
 def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = False) -> list[str]:
-    """Returns a sentence for each file that is not there, cannot be had or is refused.
+    """Returns a sentence for each file that is missing, cannot be downloaded or is refused.
 
-    It says what is missing, where it was looked for and which option supplies it. What a config names in other
-    places than are looked at here is refused by its loader, see :func:`.data_only`.
+    The sentence names the field, the path and the option that supplies the file. Weights files in fields that are not
+    checked here are still read as data, see :func:`.data_only`.
 
     Args:
         cfg: the whole config.
-        training: whether to look at what training needs, or only at test data.
-        trust_checkpoint: whether weights may run code when they are loaded, as ``model.trust_checkpoint``.
+        training: whether to check training and validation data and weights, or test data alone.
+        trust_checkpoint: whether weights may run code when they are loaded, as in ``model.trust_checkpoint``.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     loaders = ('train_dataloader', 'val_dataloader') if training else ('test_dataloader', )
@@ -46,7 +46,7 @@ def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = 
 
 
 def _sentence(option: str, path: str | Path, why: str = '') -> str:
-    return (f'{option} is not there: looked for {str(path)!r}'
+    return (f'{option} not found: looked for {str(path)!r}'
             f'{f" in {Path.cwd()}" if not (why or Path(path).is_absolute()) else ""}{why}; '
             f'supply it with --cfg-options {option}=PATH')
 
@@ -58,7 +58,7 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
             place = f'{option}.{key}' + (f'.{index}' if isinstance(inner, (list, tuple)) else '')
             yield from _missing_data(child, place)
     if dataset.get('backend_args') or downloads(dataset):
-        return  # not on this machine's disk, or not yet
+        return  # not on this disk, or not downloaded yet
     root = Path(dataset.get('data_root') or '')
     if dataset.get('data_root') and not root.exists():
         yield _sentence(f'{option}.data_root', root)
@@ -73,10 +73,10 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
 
 
 def downloads(dataset: dict) -> bool:
-    """Whether the dataset fetches itself, as those of CIFAR and MNIST do."""
+    """Whether the data set downloads itself, as CIFAR and MNIST do."""
     try:
         kind = DATASETS.get(str(dataset.get('type')))
-    except Exception:  # building it reports what is wrong with the type
+    except Exception:  # building the data set reports a wrong type
         kind = None
     return kind is not None and 'download' in signature(kind).parameters and dataset.get('download', True)
 
@@ -101,18 +101,18 @@ def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
 
 
 def _missing_of(field: str, model: dict | None, whose: str, weights: str, trust: bool) -> Iterator[str]:
-    """Looks for what the student or a teacher of a distillation starts from by its own config."""
+    """Checks the weights that the student's or a teacher's own config starts from."""
     if not (model or {}).get('cfg_path'):
         yield from _missing_named(model or {}, f'model.{field}', trust)
         return
-    # nothing within it can be set from outside
+    # fields of a model by cfg_path cannot be set with --cfg-options
     for sentence in _missing_named(read_cfg_path(model.cfg_path, field).model, 'its', trust):
         yield (f'{sentence.split("; supply it")[0]}; supply the whole {whose} with --cfg-options '
                f'model.{weights}=PATH, or inherit its config')
 
 
 def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterator[str]:
-    """Looks for weights files in ``init_cfg``, with or without its ``type``, and in ``pretrained``, at any depth."""
+    """Checks weights files in ``init_cfg``, with or without ``type``, and in ``pretrained``, at any depth."""
     key = option.rpartition('.')[2]
     if isinstance(node, str):
         if key == 'checkpoint' or key == 'pretrained' and (node.startswith(_WEIGHTS) or Path(node).suffix):
@@ -128,7 +128,7 @@ def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
         yield _sentence(option, path)
         return
     try:
-        read_checkpoint(path, option, trust)  # downloads it, once, to where MMEngine will look for it
+        read_checkpoint(path, option, trust)  # downloads it once, to MMEngine's cache
     except ValueError as error:
         if isinstance(error.__cause__, RefusedError) or not path.startswith(_WEIGHTS):
             yield str(error)

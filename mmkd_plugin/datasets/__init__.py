@@ -1,4 +1,4 @@
-"""Data that needs no download, and what losses need beside an image."""
+"""Data sets that need no download, and a wrapper with the indices that CRD needs."""
 from .crd_dataset import CRDDataset
 
 __all__ = ['CRDDataset']

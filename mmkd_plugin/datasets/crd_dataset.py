@@ -1,4 +1,4 @@
-"""What MMRazor's CRD loss reads of each training image, for MMPretrain's data sets."""
+"""Wrapper that adds the indices for MMRazor's CRD loss to MMPretrain's data sets."""
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,22 @@ from ..utils import check_number
 
 @DATASETS.register_module()
 class CRDDataset(RazorCRDDataset):
-    """Adds the places of an image and of its negatives, images of other classes, in CRD's memory [0].
+    """Adds the indices of an image and its negatives in CRD's memory bank [0]. Negatives are images of other classes.
 
     [0] Tian, Krishnan, Isola, Contrastive Representation Distillation, arXiv 1910.10699.
 
-    Data samples get ``sample_idx``, a whole number as a tensor (), and ``contrast_sample_idxs``, (1 + ``neg_num``),
-    which begins with it. Negatives are drawn with replacement, as [0] does on ImageNet.
+    Data samples get ``sample_idx``, an integer tensor (), and ``contrast_sample_idxs``, (1 + ``neg_num``), whose first
+    entry is ``sample_idx``. Negatives are drawn with replacement, as in [0] on ImageNet.
 
-    MMRazor's own needs ``PackCRDClsInputs``, which MMPretrain does not have, and keeps for each class a list of
-    all images of the others, 10 GB for ImageNet; this one keeps one list.
+    MMRazor's own wrapper needs ``PackCRDClsInputs``, which MMPretrain does not have. It also keeps, for each class, a
+    list of all images of the other classes, which takes 10 GB for ImageNet. This wrapper keeps one list.
 
     Args:
-        dataset: of MMPretrain, its pipeline ending with ``PackInputs``.
-        neg_num: negatives of an image; 16384 in [0].
+        dataset: a data set of MMPretrain whose pipeline ends with ``PackInputs``.
+        neg_num: number of negatives per image; 16384 in [0].
 
     Raises:
-        ValueError: ``neg_num`` is no positive whole number, or all images are of one class.
+        ValueError: ``neg_num`` is not a positive whole number, or all images have the same class.
     """
 
     def __init__(self, dataset: dict | BaseDataset, neg_num: int = 16384) -> None:
@@ -36,10 +36,10 @@ class CRDDataset(RazorCRDDataset):
 
     def _parse_fullset_contrast_info(self) -> None:
         self.gt_labels = np.asarray(self.dataset.get_gt_labels())
-        self.by_class = np.argsort(self.gt_labels, kind='stable')  # the images, class after class
-        self.ends = np.cumsum(np.bincount(self.gt_labels))  # where in it each class ends
+        self.by_class = np.argsort(self.gt_labels, kind='stable')  # the images, sorted by class
+        self.ends = np.cumsum(np.bincount(self.gt_labels))  # the end of each class in by_class
         if self.gt_labels.min() == self.gt_labels.max():
-            raise ValueError('CRDDataset.dataset must have images of two classes at least, got '
+            raise ValueError('CRDDataset.dataset must have images of at least two classes, got '
                              f'{len(self.gt_labels)} of class {self.gt_labels[0]}')
 
     def draw(self, idx: int) -> np.ndarray:
@@ -55,7 +55,7 @@ class CRDDataset(RazorCRDDataset):
         data = self.dataset.prepare_data(idx)
         if data is not None:
             sample = data['data_samples']
-            sample.pop('sample_idx', None)  # of the meta information
+            sample.pop('sample_idx', None)  # it is in the metainfo
             sample.set_field(torch.tensor(idx), 'sample_idx')
             sample.set_field(torch.from_numpy(self.draw(idx)), 'contrast_sample_idxs')
         return data

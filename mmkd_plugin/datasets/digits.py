@@ -1,10 +1,10 @@
-"""A COCO-format detection set of real handwriting that needs no download.
+"""A detection data set of real handwritten digits in COCO format that needs no download.
 
-The 1,797 handwritten digits that scikit-learn carries (8x8, from the UCI set
-of Alpaydin and Kaynak) are scaled, turned, coloured and pasted on crops of its
-two photographs, among clutter: quarters of digits, pen strokes, scraps of
-photograph. The splits share nothing: a digit instance belongs to one of them,
-and validation sees the middle columns of each photograph, training both sides.
+The 1,797 handwritten digits of scikit-learn (8x8, from the UCI set of Alpaydin
+and Kaynak) are scaled, rotated, coloured and pasted on crops of scikit-learn's
+two photographs, among clutter: quarters of digits, pen strokes and pieces of
+photographs. The splits share nothing. Each digit belongs to one of them.
+Validation uses the middle columns of each photograph, training both sides.
 """
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,14 +17,14 @@ from .scenes import Source, Thing, make_scenes, photo_parts, random_turn, scrap,
 
 CLASSES = tuple('0123456789')
 RECORD = 'digits.json'
-VERSION = 1  # raise it when the same settings come to make other files
+VERSION = 1  # raise it when the same settings create other files
 
 TRAIN_SHARE = 0.8  # of the digit instances
-VAL_COLUMNS = (3 / 8, 5 / 8)  # of each photograph, from and to
+VAL_COLUMNS = (3 / 8, 5 / 8)  # first and last column of validation in each photograph, as shares of its width
 
 
 class Digits(Source):
-    """Digits as ink of one colour: their patterns are 8 x 8."""
+    """Digits in ink of one colour; the patterns are 8 x 8."""
 
     KIND = 'digit'
 
@@ -32,7 +32,7 @@ class Digits(Source):
         return _write(rng, self.patterns[pick], height), None
 
     def clutter(self, rng: np.random.Generator, height: float) -> Thing:
-        """A quarter of a digit, two pen strokes or a scrap of photograph."""
+        """Returns a quarter of a digit, two pen strokes or a piece of a photograph."""
         kind = rng.choice(['quarter', 'stroke', 'scrap'])
         if kind == 'stroke':
             return stroke(rng, height)
@@ -52,7 +52,7 @@ def make_digits(root: str | Path, num_train: int = 1600, num_val: int = 200, ima
 
 
 def split_sources(seed: int) -> dict[str, Digits]:
-    """The digits and the parts of the photographs that train and val may use."""
+    """Returns the digits and the parts of the photographs for train and val."""
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
     bound = round(TRAIN_SHARE * len(order))
@@ -66,8 +66,8 @@ def split_sources(seed: int) -> dict[str, Digits]:
 
 
 def _write(rng: np.random.Generator, pattern: np.ndarray, height: float) -> np.ndarray:
-    """Scales, stretches and turns a pattern in [0, 1]; returns its opacity (h, w), cut to the ink."""
+    """Scales, stretches and rotates a pattern in [0, 1]; returns its opacity (h, w), cropped to the ink."""
     soft = random_turn(rng, pattern, height)
-    alpha = np.clip((soft - 0.25) / 0.4, 0, 1)  # an edge of a pixel or two instead of a blur
+    alpha = np.clip((soft - 0.25) / 0.4, 0, 1)  # sharpens the edge to one or two pixels
     x, y, w, h = cv2.boundingRect((alpha > 0.5).astype(np.uint8))
     return alpha[y:y + h, x:x + w]

@@ -1,9 +1,9 @@
-"""COCO-format detection sets made of small patterns on crops of scikit-learn's two photographs, among clutter.
+"""Detection data sets in COCO format, made of small patterns and clutter on crops of scikit-learn's two photographs.
 
-What the patterns are, and what else is clutter, is the matter of a :class:`Source`. Splits share nothing: a pattern
-belongs to one of them, and each sees columns of its own of the photographs.
+A :class:`Source` provides the patterns and the clutter. Splits share nothing: a pattern belongs to one of them, and
+each split has its own columns of the photographs.
 
-Letters: S image side, D patterns of a split, (h, w) size of what is pasted.
+Letters: S image side, D patterns of a split, (h, w) size of a pasted pattern.
 """
 import hashlib
 import json
@@ -17,39 +17,42 @@ from tempfile import TemporaryDirectory
 import cv2
 import numpy as np
 
-CROP = (64, 160)  # side of a background crop, photograph pixels
-DIM = (0.25, 0.6)  # what is left of a photograph's brightness, so that objects stand out
+CROP = (64, 160)  # side of a background crop, in pixels of the photograph
+DIM = (0.25, 0.6)  # factor of the photograph's brightness, so that objects stand out
 MAX_OBJECTS, MAX_CLUTTER, EMPTY_SHARE = 4, 2, 0.08
-HEIGHT = (1 / 5, 1 / 2)  # of an object, share of S
-CONTRAST = (100, 180)  # distance of ink from what it covers, in RGB
-MAX_HIDDEN = 0.25  # share of an object that later things may cover
-PLACES = 20  # places tried for one thing before it is left out
+HEIGHT = (1 / 5, 1 / 2)  # height of an object, as a share of S
+CONTRAST = (100, 180)  # RGB distance between ink and background
+MAX_HIDDEN = 0.25  # share of an object that later objects and clutter may cover
+PLACES = 20  # positions to try for an object before it is left out
 
 Thing = tuple[np.ndarray, np.ndarray | None]  # opacity (h, w); RGB colours (h, w, 3), or None for ink of one colour
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """All that one split is made of."""
+    """Patterns, clutter and backgrounds of one split."""
     patterns: np.ndarray  # (D, side, side) in [0, 1]
     labels: np.ndarray  # (D,)
-    indices: np.ndarray  # (D,) places in the set they come from
-    parts: list[np.ndarray]  # of the photographs, RGB, uint8
+    indices: np.ndarray  # (D,) indices in the original data set
+    parts: list[np.ndarray]  # parts of the photographs, RGB, uint8
     origins: list[tuple[int, int]]  # photograph and first column of each part
 
-    KIND = 'object'  # what an annotation calls the place of its pattern
+    KIND = 'object'  # key of the pattern's index in an annotation
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, pick: int, height: float) -> Thing:
-        """Returns a pattern at about this height in pixels."""
+        """Returns a pattern of about this height in pixels."""
 
     @abstractmethod
     def clutter(self, rng: np.random.Generator, height: float) -> Thing:
-        """Returns something that is no object."""
+        """Returns clutter that is not an object."""
 
 
 def photo_parts(*columns: tuple[float, float]) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-    """Returns these columns, shares of the width, of both photographs, and photograph and first column of each."""
+    """Returns these columns of both photographs, and the (photograph, first column) of each.
+
+    Columns are given as shares of the width.
+    """
     from sklearn.datasets import load_sample_images
     photos = load_sample_images().images
     width = photos[0].shape[1]
@@ -60,22 +63,22 @@ def photo_parts(*columns: tuple[float, float]) -> tuple[list[np.ndarray], list[t
 
 def make_scenes(root: str | Path, record: str, settings: dict, sources: Callable[[], dict[str, Source]],
                 classes: Sequence[str], track: Callable[[list], Iterable] = iter) -> bool:
-    """Writes ``annotations/SPLIT.json`` and ``SPLIT/*.png`` of every split, and a record under ``root``.
+    """Writes ``annotations/SPLIT.json`` and ``SPLIT/*.png`` for every split, and a record, under ``root``.
 
-    The same settings give the same bytes. ``root`` appears complete or not at all. If the data are there already, as
-    this function made them and with these settings, nothing is written and the result is ``False``.
+    The same settings give the same bytes. ``root`` is written completely or not at all. If it already has the data of
+    these settings, nothing is written and the function returns ``False``.
 
     Args:
-        root: the directory to make.
-        record: name of the record's file; its stem is what the data are called.
-        settings: what decides the data: ``num_SPLIT`` of every split, ``image_size``, ``seed`` and more.
-        sources: gives the splits, in the order of their random numbers.
+        root: the directory to create.
+        record: file name of the record; its stem is the name of the data set.
+        settings: everything that determines the data: ``num_SPLIT`` for every split, ``image_size``, ``seed`` and more.
+        sources: returns the splits, in the order of their random numbers.
         classes: names of the labels.
-        track: may show progress.
+        track: wraps an iterable to show progress.
 
     Raises:
-        ValueError: a split is to have no images, or images are too small.
-        FileExistsError: ``root`` holds anything else.
+        ValueError: a split has no images, or the images are too small.
+        FileExistsError: ``root`` contains anything else.
     """
     counts = {key: value for key, value in settings.items() if key.startswith('num_')}
     if min(counts.values()) < 1:
@@ -117,14 +120,14 @@ def make_scenes(root: str | Path, record: str, settings: dict, sources: Callable
 
 
 def draw_scene(rng: np.random.Generator, source: Source, size: int) -> tuple[np.ndarray, dict, list[dict]]:
-    """Returns an RGB image (S, S, 3), where its background was cut, and its annotations without ids."""
+    """Returns an RGB image (S, S, 3), the position of its background, and its annotations without ids."""
     which = rng.integers(len(source.parts))
     crop, (x, y, side) = cut_square(rng, source.parts[which], *CROP)
     photo, left_column = source.origins[which]
     canvas = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
     canvas *= rng.uniform(*DIM)
-    owner = np.full((size, size), -1)  # the object that is seen at a pixel, -1 for none
-    drawn = []  # (place in source, pixels) of the objects, in the order of painting
+    owner = np.full((size, size), -1)  # the visible object at each pixel, -1 for none
+    drawn = []  # (index in source, pixels) of the objects, in the order of drawing
 
     objects = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_OBJECTS + 1))
     clutter = int(rng.integers(MAX_CLUTTER + 1))
@@ -166,14 +169,14 @@ def draw_scene(rng: np.random.Generator, source: Source, size: int) -> tuple[np.
 
 
 def cut_square(rng: np.random.Generator, photo: np.ndarray, low: int, high: int) -> tuple[np.ndarray, tuple]:
-    """A random square of a photograph with its ``(x, y, side)``."""
+    """Returns a random square of a photograph and its ``(x, y, side)``."""
     side = int(rng.integers(low, min(high, *photo.shape[:2]) + 1))
     y, x = (int(rng.integers(n - side + 1)) for n in photo.shape[:2])
     return photo[y:y + side, x:x + side], (x, y, side)
 
 
 def stroke(rng: np.random.Generator, height: float) -> Thing:
-    """A cross of two long strokes: random strokes make a 1, a 7 or a 4 too often."""
+    """Returns a cross of two long strokes. Random strokes would look like a 1, 4 or 7 too often."""
     side = int(np.ceil(height))
     alpha = np.zeros((side, side), np.float32)
     angle = rng.uniform(0, np.pi / 2) + np.arange(2) * rng.uniform(0.3, 0.5) * np.pi
@@ -184,7 +187,7 @@ def stroke(rng: np.random.Generator, height: float) -> Thing:
 
 
 def scrap(rng: np.random.Generator, parts: list[np.ndarray], height: float) -> Thing:
-    """An ellipse of a photograph."""
+    """Returns an ellipse of a photograph."""
     side = int(np.ceil(height))
     alpha = np.zeros((side, side), np.float32)
     square, _ = cut_square(rng, parts[rng.integers(len(parts))], 16, 48)
@@ -194,7 +197,7 @@ def scrap(rng: np.random.Generator, parts: list[np.ndarray], height: float) -> T
 
 
 def random_turn(rng: np.random.Generator, pattern: np.ndarray, height: float) -> np.ndarray:
-    """Scales, stretches and turns a pattern (rows, columns[, layers]) to about this height, with room around it."""
+    """Scales, stretches and rotates a pattern (rows, columns[, layers]) to about this height, with a margin."""
     rows, columns = pattern.shape[:2]
     scale = height / rows
     angle, stretch = np.deg2rad(rng.uniform(-8, 8)), rng.uniform(0.8, 1.2)
@@ -206,7 +209,7 @@ def random_turn(rng: np.random.Generator, pattern: np.ndarray, height: float) ->
 
 
 def _ink_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A random bright RGB colour, at least a random contrast away from the mean background."""
+    """Returns a random bright RGB colour with at least a random contrast to the mean background."""
     contrast = rng.uniform(*CONTRAST)
     while True:
         colour = rng.uniform(170, 255) * (1 - rng.uniform(0, 0.8) * rng.permutation([0, rng.random(), 1]))
@@ -215,7 +218,7 @@ def _ink_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
 
 
 def _digest(root: Path, record: str) -> str:
-    """One hash over the names and contents of all files but the record."""
+    """Returns one hash of the names and contents of all files except the record."""
     total = hashlib.sha256()
     for path in sorted(p for p in root.rglob('*') if p.is_file() and p.name != record):
         total.update(path.relative_to(root).as_posix().encode() + b'\0')
@@ -224,17 +227,17 @@ def _digest(root: Path, record: str) -> str:
 
 
 def _check_same(root: Path, record: str, settings: dict) -> None:
-    """Raises ``FileExistsError`` unless ``root`` holds the data of these settings, complete and unchanged."""
+    """Raises ``FileExistsError`` unless ``root`` has the data of these settings, complete and unchanged."""
     name = Path(record).stem
-    advice = f'delete {root} to have it made anew, or choose another directory'
+    advice = f'delete {root} to create it again, or choose another directory'
     try:
         said = json.loads((root / record).read_text())
         found, digest = said['settings'], said['sha256']
     except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(f'{root} is not empty and was not made by make_{name}: {advice}') from None
+        raise FileExistsError(f'{root} is not empty and was not created by make_{name}: {advice}') from None
     differing = [f'{key} {found.get(key)} instead of {value}'
                  for key, value in settings.items() if found.get(key) != value]
     if differing:
-        raise FileExistsError(f'{root} holds {name} made with {", ".join(differing)}: {advice}')
+        raise FileExistsError(f'{root} has {name} with {", ".join(differing)}: {advice}')
     if _digest(root, record) != digest:
         raise FileExistsError(f'{root} has missing, changed or additional files: {advice}')

@@ -1,4 +1,4 @@
-"""What models cost: parameters, FLOPs, and how long one image takes."""
+"""Cost of models: parameters, FLOPs and latency of one image."""
 import statistics
 import time
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-ROUNDS, SECONDS = 40, 10  # of the timing: at most so many, no new one after so long
+ROUNDS, SECONDS = 40, 10  # most rounds of timing; no new round starts after so many seconds
 
 
 class RawOutputs(nn.Module):
-    """A model's forward without loss and post-processing, from images (N, C, H, W) to a tuple of tensors.
+    """A model's forward pass without loss and post-processing, from images (N, C, H, W) to a tuple of tensors.
 
     Args:
-        model: of MMDetection or MMPretrain.
-        data_samples: what a detector of two stages must know of the images.
+        model: a model of MMDetection or MMPretrain.
+        data_samples: those of the images; two-stage detectors need them.
     """
 
     def __init__(self, model: BaseModel, data_samples: list | None = None) -> None:
@@ -34,8 +34,8 @@ def measure(models: dict[str, tuple[BaseModel, dict]]) -> dict[str, dict[str, fl
     """Returns ``params``, ``flops``, ``latency_ms`` and ``latency_p95_ms`` of each model, without post-processing.
 
     Args:
-        models: by name, a model in eval mode and what its preprocessor made of one image, ``inputs`` (1, C, H, W)
-            and, where the model wants it, ``data_samples``.
+        models: by name, a model in eval mode and one preprocessed image: ``inputs`` (1, C, H, W) and, if the model
+            needs them, ``data_samples``.
     """
     networks = {name: (RawOutputs(model, data.get('data_samples')).eval(), data['inputs'])
                 for name, (model, data) in models.items()}
@@ -46,7 +46,7 @@ def measure(models: dict[str, tuple[BaseModel, dict]]) -> dict[str, dict[str, fl
 
 @torch.no_grad()
 def size(model: BaseModel, data: dict) -> dict[str, int]:
-    """Returns ``params`` and ``flops``, which are MMEngine's: a multiplication with its addition counts for one."""
+    """Returns ``params`` and ``flops`` as MMEngine counts them: a multiply-add is one FLOP."""
     network = RawOutputs(model, data.get('data_samples')).eval()
     analyzer = FlopAnalyzer(network, (data['inputs'], ))
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
@@ -57,7 +57,7 @@ def size(model: BaseModel, data: dict) -> dict[str, int]:
 def latency(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
     """Returns ``latency_ms``, the median, and ``latency_p95_ms``, the 95th percentile, of each call.
 
-    The calls take turns, so that whatever else the machine does meets all alike. The first of each does not count.
+    The calls take turns, so that other load on the machine affects all alike. The first call of each does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():

@@ -1,10 +1,10 @@
-"""A detector of one stage as one graph: from pixels to boxes, scores and labels.
+"""The graph of a one-stage detector, from pixels to boxes, scores and labels.
 
-MMDetection's own post-processing takes one image at a time and branches on what it finds, which tracing would freeze.
-Here the batch stays whole, candidates that fall away keep their place with a score of -1, and no branch depends on the
-data.
+MMDetection's own post-processing handles one image at a time and branches on the data, which tracing would freeze. Here
+the whole batch is processed at once, removed candidates keep their place with a score of -1, and no branch depends on
+the data.
 
-Letters: N images, L levels, K candidates, M detections an image.
+Letters: N images, L levels, K candidates, M detections per image.
 """
 from typing import NamedTuple
 
@@ -18,26 +18,25 @@ from torch import Tensor, nn
 from .nms import keep_best
 from .pixels import Pixels
 
-UNLIMITED = 300  # detections of an image where the head sets no limit (YOLOX); COCO counts 100
+UNLIMITED = 300  # detections per image if the head has no limit (YOLOX); COCO evaluates 100
 
 
 class Candidates(NamedTuple):
-    """What is left to suppress, of each image."""
+    """Candidates for NMS, per image."""
     boxes: Tensor  # (N, K, 4), left, top, right, bottom
-    scores: Tensor  # (N, K), -1 where there is none
+    scores: Tensor  # (N, K), -1 for removed candidates
     labels: Tensor  # (N, K)
 
 
 class DetectorGraph(nn.Module):
-    """From ``images`` (N, C, H, W) and ``image_sizes`` (N, 2) to ``boxes`` (N, M, 4), ``scores`` and ``labels`` (N, M).
+    """Maps ``images`` (N, C, H, W) and ``image_sizes`` (N, 2) to ``boxes`` (N, M, 4), ``scores`` and ``labels`` (N, M).
 
-    Boxes are in pixels of ``images``. Detections are in the order of their scores; after the last one scores are 0
-    and labels -1. Candidates with equal scores are taken from the finest level first, there row by row, at one place
-    anchor by anchor, and then by their label.
+    Boxes are in pixels of ``images``. Detections are sorted by score. After the last detection, scores are 0 and labels
+    -1. Candidates with equal scores are ordered by level (the finest first), row, column, anchor and label.
 
     Args:
-        model: one that :func:`why_not` has nothing against.
-        pixels: its preprocessing.
+        model: a model for which :func:`why_not` returns None.
+        pixels: preprocessing of the model.
     """
 
     outputs = ('boxes', 'scores', 'labels')
@@ -62,31 +61,31 @@ class DetectorGraph(nn.Module):
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Returns why a detector has no such graph, or None if it has."""
+    """Returns the reason why a detector has no such graph, or None if it has one."""
     name = type(model).__name__
     head = getattr(model, 'bbox_head', None)
     if not isinstance(model, SingleStageDetector) or head is None:
-        return f'{name} is neither a classifier nor a detector of one or two stages with a box head'
+        return f'{name} is neither a classifier nor a one-stage or two-stage detector with a box head'
     if _rule(head) is None:
-        return f'the post-processing of {type(head).__name__} is its own, and is not known here'
+        return f'the post-processing of {type(head).__name__} is not supported'
     if getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False):
-        return f'the scores of {type(head.loss_cls).__name__} are its own, and are not known here'
+        return f'the scores of {type(head.loss_cls).__name__} are not supported'
     if not isinstance(head, YOLOXHead) and type(head.bbox_coder) not in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder):
-        return f'the boxes of {type(head.bbox_coder).__name__} are not decoded here'
+        return f'the boxes of {type(head.bbox_coder).__name__} are not supported'
     return why_not_nms(head.test_cfg, 'test_cfg')
 
 
 def why_not_nms(test_cfg: dict, name: str) -> str | None:
-    """Returns why ONNX does not have the NMS of a configuration of this name, or None if it has."""
+    """Returns the reason why ONNX does not support the NMS of ``test_cfg``, or None; ``name`` is for the message."""
     nms = test_cfg.get('nms') or {}
     odd = set(nms) - {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
     if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or odd:
-        return f'{name}.nms is {dict(nms)}. ONNX has the plain one, dict(type=\'nms\', iou_threshold=...)'
+        return f'{name}.nms is {dict(nms)}, expected the NMS of ONNX, dict(type=\'nms\', iou_threshold=...)'
     return None
 
 
 def _rule(head: nn.Module):
-    """Returns the function that finds a head's candidates, or None where the head's own rule is another."""
+    """Returns the function for a head's candidates, or None if the head's post-processing is not supported."""
     kind = type(head)
     if getattr(kind, 'predict_by_feat', None) is YOLOXHead.predict_by_feat:
         return yolox_candidates
@@ -99,7 +98,7 @@ def _rule(head: nn.Module):
 
 
 def dense_candidates(head: BaseDenseHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
-    """RetinaNet, FCOS, ATSS, RTMDet and others whose rule is ``BaseDenseHead``'s."""
+    """For RetinaNet, FCOS, ATSS, RTMDet and others with ``BaseDenseHead``'s post-processing."""
     factors = outputs[2] if len(outputs) > 2 and outputs[2] is not None else [None] * len(outputs[0])
     levels = []
     for scores, boxes, factor, priors in zip(*outputs[:2], factors, priors_of(head, outputs[0]), strict=True):
@@ -112,7 +111,7 @@ def dense_candidates(head: BaseDenseHead, outputs: tuple, image_sizes: Tensor) -
 
 
 def gfl_candidates(head: GFLHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
-    """GFL, whose four distances are each the mean of a distribution over strides."""
+    """For GFL, where each of the four distances is the mean of a distribution over strides."""
     levels = []
     for scores, boxes, priors, stride in zip(*outputs, priors_of(head, outputs[0]), head.prior_generator.strides,
                                              strict=True):
@@ -126,7 +125,7 @@ def gfl_candidates(head: GFLHead, outputs: tuple, image_sizes: Tensor) -> Candid
 
 
 def yolox_candidates(head: YOLOXHead, outputs: tuple, image_sizes: Tensor) -> Candidates:
-    """YOLOX: the best class of each place, and boxes that are not cut at the image's border."""
+    """For YOLOX, with the best class of each place, and boxes that are not clipped to the image."""
     priors = torch.cat(head.prior_generator.grid_priors(
         [scores.shape[-2:] for scores in outputs[0]], dtype=outputs[0][0].dtype, device=outputs[0][0].device,
         with_stride=True))
@@ -141,10 +140,10 @@ def yolox_candidates(head: YOLOXHead, outputs: tuple, image_sizes: Tensor) -> Ca
 
 
 def best_of_level(head: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the scores, labels and places of the best ``nms_pre`` pairs of a place and a label above the threshold.
+    """Returns scores, labels and places of the best ``nms_pre`` pairs of place and label above the threshold.
 
     Args:
-        logits: of one level, (N, anchors * classes, H, W).
+        logits: logits of one level, (N, anchors * classes, H, W).
     """
     scores = scores_of(head, logits).flatten(1)
     classes = head.cls_out_channels if head.use_sigmoid_cls else head.cls_out_channels - 1
@@ -166,13 +165,13 @@ def boxes_at(head: nn.Module, deltas: Tensor, priors: Tensor, places: Tensor) ->
 
 
 def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the largest ``count`` of each row, or all where there are fewer or ``count`` is not positive."""
+    """Returns the largest ``count`` of each row, or all if there are fewer or ``count`` is not positive."""
     length = torch.as_tensor(values.shape[1])
     return values.topk(torch.minimum(length, torch.tensor(count)) if count > 0 else length)
 
 
 def within(head: BaseDenseHead, levels: list[tuple], image_sizes: Tensor) -> Candidates:
-    """Joins the levels, cuts boxes at the border of their image, and drops those that are too small."""
+    """Joins the levels, clips boxes to their image, and removes boxes that are too small."""
     boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))
     boxes = inside(head, boxes, image_sizes)
     smallest = head.test_cfg.get('min_bbox_size', -1)
@@ -183,7 +182,7 @@ def within(head: BaseDenseHead, levels: list[tuple], image_sizes: Tensor) -> Can
 
 
 def inside(head: nn.Module, boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Cuts ``boxes`` (N, K, 4) at the border of their image, if the head's coder does."""
+    """Clips ``boxes`` (N, K, 4) to their image, if the head's coder does."""
     if not head.bbox_coder.clip_border:
         return boxes
     limits = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)  # (N, 1, 4)
@@ -196,7 +195,7 @@ def priors_of(head: BaseDenseHead, levels: list[Tensor]) -> list[Tensor]:
 
 
 def _flat(level: Tensor, size: int) -> Tensor:
-    """(N, anchors * size, H, W) to (N, H * W * anchors, size)."""
+    """Reshapes (N, anchors * size, H, W) to (N, H * W * anchors, size)."""
     return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, size)
 
 

@@ -1,4 +1,4 @@
-"""What a measured figure depends on besides the code, and tables of figures."""
+"""Commit, versions and device of a measurement, and Markdown tables."""
 import os
 import platform
 import subprocess
@@ -11,9 +11,9 @@ import torch
 
 
 def environment(device: str) -> dict:
-    """Returns what a figure depends on besides the code."""
+    """Returns the commit, versions and device that a measurement depends on."""
     commit = _git('describe', '--always', '--abbrev=7')
-    if _git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!docs'):  # docs hold the results themselves
+    if _git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!docs'):  # docs contain the results
         commit += '-dirty'
     return dict(
         device=torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else _cpu_name(),
@@ -31,7 +31,7 @@ def _git(*arguments: str) -> str:
     try:
         return subprocess.run(['git', *arguments], capture_output=True, text=True,
                               cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # there is no git
+    except OSError:  # git is not installed
         return ''
 
 

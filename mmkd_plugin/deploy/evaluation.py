@@ -1,4 +1,4 @@
-"""The test of a config with any model, and the one figure that a model is judged by."""
+"""Evaluation of a model on the test set of a config, and its headline metric."""
 import copy
 from tempfile import TemporaryDirectory
 
@@ -11,19 +11,19 @@ from torch import nn
 from ..checkpoints.guard import data_only
 from ..config.preflight import missing_inputs
 
-# by the end of a metric's name: in how many points of 100 it is counted
+# factor to points of 100, by the end of the metric's name
 _POINTS = {'bbox_mAP': 100., 'mAP': 100., 'PQ': 1., 'accuracy/top1': 1., 'top1': 1., 'f1-score': 1.}
 
 
 def evaluate(plain: Config, model: nn.Module, option: str = '--evaluate',
              trust_checkpoint: bool = False) -> dict[str, float]:
-    """Runs the test of a plain config with this model.
+    """Evaluates a model on the test set of a plain config.
 
     Args:
         plain: the config.
-        model: one of MMDetection or MMPretrain, or :class:`OnnxModel`.
-        option: what the message names.
-        trust_checkpoint: whether files that the config names may run code.
+        model: a model of MMDetection or MMPretrain, or :class:`OnnxModel`.
+        option: the option that error messages name.
+        trust_checkpoint: whether weights files in the config may run code.
 
     Raises:
         ValueError: data are missing.
@@ -33,7 +33,7 @@ def evaluate(plain: Config, model: nn.Module, option: str = '--evaluate',
         raise ValueError(f'{option}: ' + '\n'.join(missing))
     with TemporaryDirectory() as work_dir:
         cfg = copy.deepcopy(plain)
-        # A visualizer of the config's name would be that of the run before, whose folder is gone.
+        # A visualizer with the config's name would be that of the previous run, whose folder is deleted.
         cfg.update(work_dir=work_dir, load_from=None, resume=False, launcher='none', custom_hooks=[], visualizer=None,
                    experiment_name=f'evaluation_{id(model)}')
         init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -46,7 +46,7 @@ def evaluate(plain: Config, model: nn.Module, option: str = '--evaluate',
 
 
 def headline(metrics: dict[str, float]) -> tuple[str, float]:
-    """Returns the metric that a model is judged by, and its value in points of 100.
+    """Returns the name of the metric to compare models by, and its value in points of 100.
 
     Raises:
         ValueError: none of the metrics is known.
@@ -55,5 +55,5 @@ def headline(metrics: dict[str, float]) -> tuple[str, float]:
         for name, value in metrics.items():
             if name.endswith(end):
                 return name, points * value
-    raise ValueError(f'test_evaluator: none of its metrics, {", ".join(metrics) or "of which there are none"}, can be '
-                     f'compared, expected one that ends with {", ".join(_POINTS)}')
+    raise ValueError(f'test_evaluator: got the metrics {", ".join(metrics) or "(none)"}, expected one that ends with '
+                     f'{", ".join(_POINTS)}')

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files completely or not at all."""
 import errno
 import os
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.
 
 
 def refuse_existing(option: str, path: str | Path, overwrite: bool) -> None:
-    """Raises ``ValueError`` if ``path`` exists and must not be replaced."""
+    """Raises ``ValueError`` if ``path`` exists and may not be replaced."""
     if Path(path).exists() and not overwrite:
         raise ValueError(f'{option}: {str(path)!r} exists. Choose another name, or replace it with --overwrite')
 
 
 @contextmanager
 def finished(option: str, path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Gives the name of an unfinished file, which becomes ``path`` if the block ends without an error.
+    """Context that yields the path of an unfinished file and renames it to ``path`` if the block succeeds.
 
     Args:
-        option: what the message names, such as ``'--onnx'``.
-        path: of the finished file. Its folder is made.
-        overwrite: whether it may exist.
+        option: the option that error messages name, such as ``'--onnx'``.
+        path: path of the finished file. Its folder is created.
+        overwrite: whether the file may exist.
 
     Raises:
-        ValueError: the file exists, or cannot be written. Nothing of it is left then.
+        ValueError: the file exists, or cannot be written. The unfinished file is then deleted.
     """
     refuse_existing(option, path, overwrite)
     path = Path(path)
@@ -38,6 +38,6 @@ def finished(option: str, path: str | Path, overwrite: bool = False) -> Iterator
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise ValueError(f'{option}: cannot write {str(path)!r}: {error.strerror}. Nothing of it is left') from error
+        raise ValueError(f'{option}: cannot write {str(path)!r}: {error.strerror}. No file was written') from error
     finally:
         unfinished.unlink(missing_ok=True)

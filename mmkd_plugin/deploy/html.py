@@ -1,4 +1,4 @@
-"""The report as one page, pictures included."""
+"""The report of a student as one HTML page with pictures."""
 import base64
 from html import escape
 
@@ -20,9 +20,9 @@ def page(report: dict, rows: list[list[str]], sheets: list[dict[str, bytes]]) ->
     """Returns the page.
 
     Args:
-        report: what ``student.json`` has.
-        rows: of :data:`COLUMNS`.
-        sheets: of :func:`draw`.
+        report: content of ``student.json``.
+        rows: table rows of :data:`COLUMNS`.
+        sheets: pictures of :func:`draw`.
     """
     where = report['environment']
     about = dict(config=report['config'], checkpoint=report['checkpoint'], data=report['data'],
@@ -30,13 +30,13 @@ def page(report: dict, rows: list[list[str]], sheets: list[dict[str, bytes]]) ->
                  mmdet=where['mmdet'], mmpretrain=where['mmpretrain'])
     size = ' x '.join(map(str, report['input'][2:]))
     body = [
-        '<h1>The student, and what it costs</h1>', _table(COLUMNS, rows),
-        f'<p>Latency is that of one image of {size}, from its pixels to detections or scores, on {where["device"]}, '
-        f'threads: {where["threads"]}.</p>', *_int8(report), '<h2>What they find</h2>',
+        '<h1>Student: accuracy and cost</h1>', _table(COLUMNS, rows),
+        f'<p>Latency is measured on one image of {size}, from its pixels to detections or scores, on '
+        f'{where["device"]}, threads: {where["threads"]}.</p>', *_int8(report), '<h2>Predictions</h2>',
         *(_sheet(sheet) for sheet in sheets)]
-    body.append('<p>The test images are not here, so there are no pictures.</p>' if not sheets else
+    body.append('<p>The test images are missing, so there are no pictures.</p>' if not sheets else
                 f'<p>Detections with a score above {THRESHOLD}, and the most likely class of a classifier.</p>')
-    body += ['<h2>Where it comes from</h2>', _table(None, [[name, str(value)] for name, value in about.items()])]
+    body += ['<h2>Config and environment</h2>', _table(None, [[name, str(value)] for name, value in about.items()])]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Student report</title>'
             f'<style>{_STYLE}</style></head>\n<body>\n' + '\n'.join(body) + '\n</body></html>\n')
 

@@ -1,4 +1,4 @@
-"""An exported graph in eight bits, by ONNX Runtime's static quantisation, and what that costs."""
+"""Quantisation of an exported graph to eight bits with ONNX Runtime."""
 import copy
 import logging
 from collections.abc import Callable, Iterable
@@ -12,43 +12,46 @@ from .files import finished, refuse_existing
 from .onnx_model import OnnxModel
 
 LAYERS = ('Conv', 'Gemm', 'MatMul')
-# What lies between two layers, so that a chain of them needs no float in between
+# Operations between two layers. In eight bits, a chain of layers needs no conversion to float
 _BETWEEN = ('Add', 'Clip', 'Concat', 'GlobalAveragePool', 'AveragePool', 'MaxPool', 'Relu', 'Resize')
-# How names of its nodes begin; a detector of two stages is traced part by part
+# Prefixes of the network's node names. A two-stage detector is traced part by part
 _NETWORK = ('/network/', '/backbone/', '/neck/', '/rpn_head/', '/shared_head/', '/bbox_head/')
-_WORST = 5  # layers that a refusal names
-_TRIED = 2  # batches that the cost of a layer is measured on
+_WORST = 5  # layers in the error message
+_TRIED = 2  # batches to measure the cost of a layer on
 
 
 def quantize(path: str, out: str, batches: list[dict], evaluate: Callable[[OnnxModel], dict[str, float]],
              accuracy: dict[str, float], max_drop: float = 1.0, overwrite: bool = False) -> dict:
-    """Writes the graph of :func:`export_onnx` to ``out`` in eight bits, if its accuracy falls by no more than allowed.
+    """Quantises the graph of :func:`export_onnx` to eight bits and writes it if the accuracy drops by at most
+    ``max_drop``.
 
-    Convolutions and matrix products of the network get eight bits: weights per channel, signed, of seven bits, because
-    processors without VNNI add pairs of products in sixteen bits, which eight would overflow; activations per tensor,
-    unsigned, with the smallest and largest value that the batches give. Normalisation, decoding and NMS stay in float.
+    Convolutions and matrix products of the network are quantised. Weights are signed, per channel, and use seven bits:
+    processors without VNNI add pairs of products in sixteen bits, which would overflow with eight. Activations are
+    unsigned, per tensor, with the smallest and largest value on the batches. Normalisation, decoding and NMS stay in
+    float.
 
-    Which layers stay in float is measured. The cost of a layer is the change of the network's outputs when it alone is
-    in eight bits, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, mean over outputs. Outputs of a
-    second stage do not count for layers of the first, because other proposals are other regions. If the whole
-    network loses more than ``max_drop``, the 1, 2, 4, ... most costly layers, up to half of them, stay in float, until
-    it does not.
+    The most costly layers can stay in float. The cost of a layer is the change of the network's outputs when only this
+    layer is quantised, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, averaged over outputs. For a
+    layer of the first stage, outputs of the second stage do not count, because other proposals are other regions. If
+    the network drops by more than ``max_drop``, its 1, 2, 4, ... most costly layers, up to half of them, stay in float
+    until the drop is small enough.
 
     Args:
-        path: of the graph in float.
-        out: the file.
-        batches: for calibration, as a data loader collates them.
-        evaluate: runs the test on a graph; the metric that :func:`headline` takes decides.
-        accuracy: what the graph in float has in that test.
-        max_drop: in points of 100.
+        path: file of the graph in float.
+        out: the file to write.
+        batches: batches of a data loader, for calibration.
+        evaluate: evaluates a graph on the test set; :func:`headline` selects the metric that is compared.
+        accuracy: metrics of the graph in float.
+        max_drop: largest drop, in points of 100.
         overwrite: whether ``out`` may exist.
 
     Returns:
-        ``metric``, ``float`` and ``int8`` (accuracies in points), ``drop``, ``layers`` (how many), ``left_in_float``
-        and ``costs`` (of the worst layers), ``calibrated_with`` (how many images), ``accuracy`` (all metrics).
+        ``metric``, ``float`` and ``int8`` (accuracies in points), ``drop``, ``layers`` (their number),
+        ``left_in_float`` and ``costs`` (of the most costly layers), ``calibrated_with`` (number of images),
+        ``accuracy`` (all metrics).
 
     Raises:
-        ValueError: the drop is larger even so, the graph has no layers, or ``out`` exists or cannot be written.
+        ValueError: the drop is still larger, the graph has no layers, or ``out`` exists or cannot be written.
     """
     refuse_existing('--int8', out, overwrite)
     with TemporaryDirectory() as folder:
@@ -68,8 +71,8 @@ def quantize(path: str, out: str, batches: list[dict], evaluate: Callable[[OnnxM
             best = max(accuracy for _, accuracy in trials)
             raise ValueError(
                 f'--int8: {metric} falls from {start:.2f} to {best:.2f}, even with {trials[-1][0]} of {len(worst)} '
-                f'layers in float, and --max-drop allows {max_drop:g} points; nothing is written. The layers that '
-                'cost most: ' + ', '.join(f'{name} ({cost:.1%})' for name, cost in named.items()))
+                f'layers in float. --max-drop allows {max_drop:g} points. No file was written. The most costly layers: '
+                + ', '.join(f'{name} ({cost:.1%})' for name, cost in named.items()))
         with finished('--int8', out, overwrite) as unfinished:
             unfinished.write_bytes(file.read_bytes())
     return dict(metric=metric, float=start, int8=trials[-1][1], drop=start - trials[-1][1], layers=len(worst),
@@ -85,7 +88,7 @@ def _doubling(most: int) -> Iterable[int]:
 
 
 class _Network:
-    """A graph with the ranges of its tensors, which are measured once."""
+    """A graph and the ranges of its tensors."""
 
     def __init__(self, path: Path, folder: Path, batches: list[dict]) -> None:
         import onnx
@@ -105,11 +108,11 @@ class _Network:
         weights = {entry.name for entry in self.model.graph.initializer}
         self.layers = [node.name for node in nodes if node.op_type in LAYERS and node.input[1] in weights]
         if not self.layers:
-            raise ValueError(f'--int8: {str(path)!r} has no layer with weights that is named as --onnx names it; '
-                             'export it with --onnx of this version')
+            raise ValueError(f'--int8: {str(path)!r} has no layer with weights under the names that --onnx writes. '
+                             'Export it with --onnx of this version')
         self.between = [node.name for node in nodes if node.op_type in _BETWEEN]
         self.outputs = _boundary(self.model)
-        # the network's outputs, which the whole graph keeps to itself
+        # the network's outputs, which are not outputs of the whole graph
         probed = copy.deepcopy(self.model)
         named = {entry.name for entry in probed.graph.output}
         probed.graph.output.extend(entry for entry in self.model.graph.value_info
@@ -123,15 +126,15 @@ class _Network:
         self.ranges = calibrator.compute_data()
 
     def costs(self) -> dict[str, float]:
-        """Returns, by layer, the relative change of the network's outputs when it alone is in eight bits."""
+        """Returns, by layer, the relative change of the network's outputs when only this layer is quantised."""
         expected = self._outputs(self.probed)
         return {layer: _change(self._outputs(self._quantized(self.probed, [layer])), expected, self._behind(layer))
                 for layer in self.layers}
 
     def _behind(self, layer: str) -> list[bool]:
-        """Returns which outputs depend on a layer, by way of the network alone."""
+        """Returns which outputs depend on a layer, through the network alone."""
         tensors: set[str] = set()
-        for node in self.nodes:  # in the order in which they are computed
+        for node in self.nodes:  # in the order of computation
             if node.name == layer or tensors.intersection(node.input):
                 tensors.update(node.output)
         return [name in tensors for name in self.outputs]
@@ -145,7 +148,7 @@ class _Network:
     def _quantized(self, model, nodes: list[str]):
         from onnxruntime.quantization import QDQQuantizer, QuantType
         level = logging.getLogger().level
-        logging.getLogger().setLevel(logging.ERROR)  # it warns of every layer whose bias is small
+        logging.getLogger().setLevel(logging.ERROR)  # ONNX Runtime warns of every layer with a small bias
         try:
             quantizer = QDQQuantizer(copy.deepcopy(model), True, True, QuantType.QInt8, QuantType.QUInt8, self.ranges,
                                      nodes, [], [*LAYERS, *_BETWEEN], {})
@@ -163,7 +166,7 @@ class _Network:
 
 
 def _boundary(model) -> list[str]:
-    """Returns the tensors that leave the network: outputs of the graph, or read by what is not named after it."""
+    """Returns the outputs of the network: outputs of the graph, or inputs of operations outside the network."""
     inside = {output for node in model.graph.node if node.name.startswith(_NETWORK) for output in node.output}
     read = {name for node in model.graph.node if not node.name.startswith(_NETWORK) for name in node.input}
     read |= {entry.name for entry in model.graph.output}

@@ -1,4 +1,4 @@
-"""Non-maximum suppression of a batch, by ONNX's operator."""
+"""Non-maximum suppression of a batch with ONNX's operator."""
 import torch
 import torchvision
 from torch import Tensor
@@ -6,24 +6,24 @@ from torch.nn import functional as F
 
 
 def keep_best(boxes: Tensor, scores: Tensor, labels: Tensor, nms: dict, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the best ``limit`` detections that no better one of the same label overlaps.
+    """Returns the best ``limit`` detections that do not overlap a better one with the same label.
 
-    As in mmcv's ``batched_nms``, the boxes of each label are moved away from those of others.
+    As in mmcv's ``batched_nms``, the boxes of each label are shifted away from those of other labels.
 
     Args:
         boxes: (N, K, 4).
-        scores: (N, K); those that are not positive do not count.
+        scores: (N, K). Candidates with scores <= 0 are ignored.
         labels: (N, K).
-        nms: ``iou_threshold``, and ``class_agnostic``.
-        limit: of detections.
+        nms: ``iou_threshold`` and ``class_agnostic``.
+        limit: largest number of detections.
 
     Returns:
-        ``boxes`` (N, limit, 4), ``scores`` (N, limit), ``labels`` (N, limit), by falling score; after the last one
-        zeros and the label -1.
+        ``boxes`` (N, limit, 4), ``scores`` (N, limit), ``labels`` (N, limit), by falling score. After the last
+        detection, boxes and scores are 0 and labels are -1.
     """
     apart = boxes
     if not nms.get('class_agnostic', False):
-        largest = boxes.masked_fill(scores.unsqueeze(2) <= 0, 0).amax((1, 2))  # (N, ), over what counts
+        largest = boxes.masked_fill(scores.unsqueeze(2) <= 0, 0).amax((1, 2))  # (N, ), over positive scores
         apart = boxes + (labels.to(boxes) * (largest + 1)[:, None]).unsqueeze(2)
     chosen = _NonMaxSuppression.apply(apart, scores.unsqueeze(1), limit, nms['iou_threshold'])
     flat = chosen[:, 0] * scores.shape[1] + chosen[:, 2]
@@ -36,9 +36,9 @@ def keep_best(boxes: Tensor, scores: Tensor, labels: Tensor, nms: dict, limit: i
 
 
 class _NonMaxSuppression(torch.autograd.Function):
-    """``NonMaxSuppression`` of ONNX, for which mmcv's has no symbolic and torchvision's takes one image.
+    """ONNX's ``NonMaxSuppression``. mmcv's NMS has no symbolic for it, and torchvision's supports a single image.
 
-    From boxes (N, K, 4) and scores (N, 1, K) to indices (chosen, 3) of image, class (0) and box.
+    Maps boxes (N, K, 4) and scores (N, 1, K) to indices (chosen, 3) of image, class (0) and box.
     """
 
     @staticmethod

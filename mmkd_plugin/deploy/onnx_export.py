@@ -1,4 +1,4 @@
-"""A student as ONNX, from pixels to detections or scores, checked against plain PyTorch on real images."""
+"""Export of a student to ONNX, from pixels to detections or scores, with a check against PyTorch on real images."""
 import copy
 import inspect
 import warnings
@@ -24,12 +24,12 @@ from .pixels import Pixels
 from .two_stage_graph import TwoStageGraph, why_not_two_stages
 
 OPSET = 17
-POINTS = 0.1  # of 100, between the accuracy of ONNX Runtime and that of PyTorch
-_STRIDE = 32  # of the last stage of backbones
+POINTS = 0.1  # of 100, largest difference between the accuracies of ONNX Runtime and PyTorch
+_STRIDE = 32  # stride of the last stage of backbones
 
 
 def check_onnx(out: str, overwrite: bool) -> None:
-    """Finds early what would stop :func:`export_onnx`.
+    """Checks early for errors that would stop :func:`export_onnx`.
 
     Raises:
         ValueError: ``out`` exists, and ``overwrite`` is False.
@@ -46,36 +46,37 @@ def check_onnx(out: str, overwrite: bool) -> None:
 def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False, raw: bool = False,
                 about: dict | None = None, evaluate: Callable[[OnnxModel], dict[str, float]] | None = None,
                 accuracy: dict[str, float] | None = None) -> dict:
-    """Writes ``model`` to ``out``, if ONNX Runtime finds with it what PyTorch finds.
+    """Writes ``model`` to ``out`` if the results of ONNX Runtime agree with those of PyTorch.
 
-    All graphs take pixels, ``images`` (N, C, H, W), 0 to 255, RGB or grey, of the type that the model's pipeline
-    gives (uint8, if it does not compute with them). Normalisation is inside. The number of images is free.
+    The input of all graphs is pixels, ``images`` (N, C, H, W), 0 to 255, RGB or grey, of the dtype of the model's
+    pipeline (uint8 if the pipeline does not compute with them). Normalisation is in the graph. The number of images is
+    free.
 
     =========================  ================================================  =================================
     model                      inputs                                            outputs
     =========================  ================================================  =================================
     classifier                 ``images``                                        ``scores`` (N, classes)
     detector                   ``images``, ``image_sizes`` (N, 2); H, W free     see :class:`DetectorGraph`
-    of one stage, ``raw``      ``images``, ``image_sizes`` (N, 2); H, W free     those of its head, a level each,
+    one-stage, ``raw``         ``images``, ``image_sizes`` (N, 2); H, W free     outputs of its head, per level,
                                                                                  such as ``cls_scores_0``
     =========================  ================================================  =================================
 
     Args:
-        model: in eval mode.
-        batch: at least one real image, as a data loader collates it.
-        out: the file.
-        overwrite: whether it may exist.
+        model: the model, in eval mode.
+        batch: a batch of a data loader with at least one real image.
+        out: the file to write.
+        overwrite: whether ``out`` may exist.
         raw: whether a detector's graph ends before decoding and NMS.
-        about: what else the file's metadata should say, such as the names of the classes.
-        evaluate: runs a test on a graph.
-        accuracy: what PyTorch has in that test, from which the graph may differ by :data:`POINTS`.
+        about: additional metadata of the file, such as the class names.
+        evaluate: evaluates a graph on the test set.
+        accuracy: metrics of PyTorch on the test set. The graph may differ from them by :data:`POINTS`.
 
     Returns:
-        ``input``, ``outputs``, ``agreement``, what the comparison with PyTorch found, and ``accuracy``, what
-        ``evaluate`` found.
+        ``input``, ``outputs``, ``agreement``, the result of the comparison with PyTorch, and ``accuracy``, the result
+        of ``evaluate``.
 
     Raises:
-        ValueError: the model has no such graph, ONNX Runtime finds something else, or ``out`` exists or cannot be
+        ValueError: the model has no such graph, ONNX Runtime has other results, or ``out`` exists or cannot be
             written.
         StackError: onnx or onnxruntime is missing.
     """
@@ -94,13 +95,13 @@ def export_onnx(model: BaseModel, batch: dict, out: str, overwrite: bool = False
         found = evaluate(runtime) if evaluate else None
         if found and abs(headline(found)[1] - headline(accuracy)[1]) > POINTS:
             raise ValueError(f'--onnx: {headline(found)[0]} is {headline(found)[1]:.2f} with ONNX Runtime and '
-                             f'{headline(accuracy)[1]:.2f} with PyTorch, {POINTS:g} points apart are allowed; nothing '
-                             'is written')
+                             f'{headline(accuracy)[1]:.2f} with PyTorch, expected a difference of at most {POINTS:g} '
+                             'points. No file was written')
     return dict(input=given, outputs=names, agreement=agreement, accuracy=found)
 
 
 def graph_of(model: BaseModel, raw: bool = False) -> type[nn.Module]:
-    """Returns the class of a model's graph; ``raw`` as in :func:`export_onnx`.
+    """Returns the class of a model's graph. For ``raw``, see :func:`export_onnx`.
 
     Raises:
         ValueError: the model has no such graph.
@@ -108,7 +109,7 @@ def graph_of(model: BaseModel, raw: bool = False) -> type[nn.Module]:
     name = type(model).__name__
     if isinstance(model, ImageClassifier):
         if not isinstance(model.head, (ClsHead, MultiLabelClsHead)):
-            raise ValueError(f'--onnx: {name} with {type(model.head).__name__} does not end in one score a class, '
+            raise ValueError(f'--onnx: {name} with {type(model.head).__name__} does not have one score per class, '
                              'expected a ClsHead or MultiLabelClsHead. Export the student without --onnx')
         return ClassifierGraph
     has_raw = isinstance(model, SingleStageDetector) and hasattr(model, 'bbox_head')
@@ -116,17 +117,17 @@ def graph_of(model: BaseModel, raw: bool = False) -> type[nn.Module]:
         return RawGraph
     two_stages = isinstance(model, TwoStageDetector)
     if raw and two_stages:
-        raise ValueError(f'--onnx-raw: {name} has two stages, and so not the outputs of one head. Leave it out')
+        raise ValueError(f'--onnx-raw: {name} has two stages, expected a one-stage detector. Leave out --onnx-raw')
     reason = why_not_two_stages(model) if two_stages else why_not(model)
     if reason:
-        raise ValueError(f'--onnx: {reason}. ' + ('Export its raw outputs with --onnx-raw, or the' if has_raw else
-                                                  'Export the') + ' whole with MMDeploy, from the student exported '
-                         'without --onnx, and its config')
+        raise ValueError(f'--onnx: {reason}. ' + ('Export its raw outputs with --onnx-raw, or export' if has_raw else
+                                                  'Export') + ' the student without --onnx and convert it with '
+                         'MMDeploy')
     return TwoStageGraph if two_stages else DetectorGraph
 
 
 class ClassifierGraph(nn.Module):
-    """From ``images`` to ``scores`` (N, classes)."""
+    """Maps ``images`` to ``scores`` (N, classes)."""
 
     outputs = ('scores', )
 
@@ -143,7 +144,7 @@ class ClassifierGraph(nn.Module):
 
 
 class RawGraph(nn.Module):
-    """From ``images`` and ``image_sizes`` to the outputs of a detector's head."""
+    """Maps ``images`` and ``image_sizes`` to the outputs of a detector's head."""
 
     def __init__(self, model: SingleStageDetector, pixels: Pixels) -> None:
         super().__init__()
@@ -165,10 +166,10 @@ def _output_names(graph: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
 
 
 def _write(graph: nn.Module, inputs: tuple[Tensor, ...], names: list[str], free: list[int], path: Path) -> None:
-    """Writes the graph by the exporter that traces.
+    """Writes the graph with the tracing exporter.
 
-    ``dynamo`` is False where torch has the argument: it is what every torch from 2.0 on has in common, and 2.9 turned
-    its default around.
+    ``dynamo`` is False if torch has the argument, because all versions from 2.0 on have the tracing exporter, and 2.9
+    changed the default.
     """
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     dynamic = {'images': {axis: axes[axis] for axis in free}, 'image_sizes': {0: 'batch'}}
@@ -182,7 +183,7 @@ def _write(graph: nn.Module, inputs: tuple[Tensor, ...], names: list[str], free:
         del dynamic['image_sizes']
     options = dict(dynamo=False) if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # of the tracer, on branches that MMDetection takes by the number of levels
+        warnings.simplefilter('ignore')  # the tracer warns about branches on the number of levels
         try:
             torch.onnx.export(graph, inputs, str(path), input_names=['images', 'image_sizes'][:len(inputs)],
                               output_names=names, dynamic_axes=dynamic, opset_version=OPSET, **options)
@@ -192,15 +193,15 @@ def _write(graph: nn.Module, inputs: tuple[Tensor, ...], names: list[str], free:
 
 
 def _describe(model: BaseModel, inputs: tuple[Tensor, ...], free: list[int]) -> dict:
-    """Returns what whoever calls the graph must know."""
+    """Returns the description of the graph's inputs."""
     images = inputs[0]
     shape = [letter if axis in free else length for axis, (letter, length) in enumerate(zip('NCHW', images.shape))]
     given = dict(images=shape, dtype=str(images.dtype).removeprefix('torch.'),
                  channels='grey' if images.shape[1] == 1 else 'RGB', normalise='inside, from pixels of 0 to 255')
     if 2 in free:
         divisor = int(getattr(model.data_preprocessor, 'pad_size_divisor', None) or 1)
-        given.update(image_sizes='(N, 2) int64, height and width of each image without what was added to make them '
-                                 'equal; what the test pipeline itself adds (Pad) counts as image',
+        given.update(image_sizes='(N, 2) int64, height and width of each image without the padding of the batch; '
+                                 'padding by the test pipeline (Pad) counts as image',
                      sides='any; padded inside' if divisor % _STRIDE == 0 else f'multiples of {_STRIDE}')
     return given
 
@@ -210,15 +211,15 @@ def _add_metadata(path: Path, given: dict) -> None:
     model = onnx.load(str(path))
     foreign = sorted({f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain})
     if foreign:
-        raise ValueError(f'--onnx: the model uses {", ".join(foreign)}, which ONNX does not have. Export it with '
-                         'MMDeploy, which brings such operators, from the exported student and its config')
+        raise ValueError(f'--onnx: the model uses {", ".join(foreign)}, which ONNX does not have. Export the student '
+                         'without --onnx and convert it with MMDeploy, which has such operators')
     onnx.helper.set_model_props(model, {key: str(value) for key, value in given.items()})
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
 
 
 def _agreement(model: BaseModel, graph: nn.Module, runtime: OnnxModel, batch: dict, names: list[str]) -> dict:
-    """Compares ONNX Runtime with PyTorch on the batch, on one image, and where it may be on another size."""
+    """Compares ONNX Runtime with PyTorch on the batch, on one image, and on another size if the size is free."""
     first = {key: values[:1] for key, values in batch.items()}
     trials = [batch, first]
     if not isinstance(graph, ClassifierGraph):

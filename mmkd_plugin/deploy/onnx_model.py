@@ -1,4 +1,4 @@
-"""An exported graph in the place of the model, for MMDetection's and MMPretrain's own test."""
+"""An exported graph with the interface of a model, for evaluation with MMDetection and MMPretrain."""
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class OnnxModel(nn.Module):
-    """Runs a file of :func:`export_onnx` with ONNX Runtime on the CPU, on what a data loader gives.
+    """Runs a file of :func:`export_onnx` with ONNX Runtime on the CPU, on batches of a data loader.
 
     Args:
-        path: of the file.
-        threads: of ONNX Runtime; 0 is its own choice.
+        path: path of the file.
+        threads: number of threads; 0 lets ONNX Runtime choose.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
@@ -27,7 +27,7 @@ class OnnxModel(nn.Module):
 
     @staticmethod
     def inputs_of(batch: dict) -> tuple[Tensor, Tensor]:
-        """Returns ``images`` (N, C, H, W) in RGB or grey, padded to one size, and ``image_sizes`` (N, 2)."""
+        """Returns ``images`` (N, C, H, W), RGB or grey and padded to one size, and ``image_sizes`` (N, 2)."""
         sizes = torch.tensor([image.shape[1:] for image in batch['inputs']])
         height, width = sizes.amax(0).tolist()
         images = torch.stack([nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
@@ -44,7 +44,7 @@ class OnnxModel(nn.Module):
         return self.session.run(None, self.feeds(batch))
 
     def test_step(self, batch: dict) -> list:
-        """Returns the data samples with what the graph finds, boxes in pixels of the original images."""
+        """Returns the data samples with the predictions of the graph; boxes are in pixels of the original images."""
         outputs = [torch.from_numpy(x) for x in self.run(batch)]
         samples = batch['data_samples']
         if not isinstance(samples[0], DetDataSample):
@@ -61,5 +61,5 @@ class OnnxModel(nn.Module):
 
 
 def read_from_files(batch: dict) -> bool:
-    """Whether the images of a batch come from files, which MMCV gives as BGR; those kept in memory are RGB."""
+    """Whether the images of a batch come from files. MMCV reads files as BGR; images in memory are RGB."""
     return bool(batch['data_samples'][0].metainfo.get('img_path'))

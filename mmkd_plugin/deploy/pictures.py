@@ -1,4 +1,4 @@
-"""What each model finds in a few test images, drawn beside the truth."""
+"""Pictures of ground truth and predictions on a few test images."""
 import copy
 
 import cv2
@@ -10,20 +10,20 @@ from torch import nn
 
 from ..config.preflight import missing_inputs
 
-THRESHOLD = 0.3  # of the scores that are drawn
-SIDE = 280  # of a picture, in pixels
+THRESHOLD = 0.3  # lowest score to draw
+SIDE = 280  # longer side of a picture, in pixels
 _COLORS = [(80, 200, 60), (40, 130, 240), (220, 90, 40), (200, 60, 200), (30, 200, 220), (60, 60, 230)]
 
 
 def draw(plain: Config, models: dict[str, nn.Module], count: int = 4) -> list[dict[str, bytes]]:
-    """Returns for each image, by ``'truth'`` and the names of the models, a picture as PNG.
+    """Returns, for each image, PNG pictures with the keys ``'truth'`` and the names of the models.
 
-    The images are evenly spaced over the test set. Returns none if the test set is not here.
+    The images are evenly spaced over the test set. If the test set is missing, the list is empty.
 
     Args:
         plain: config of the plain model.
-        models: each with a ``test_step``.
-        count: of images.
+        models: by name, models with a ``test_step``.
+        count: number of images.
     """
     if missing_inputs(plain, training=False):
         return []
@@ -42,12 +42,12 @@ def draw(plain: Config, models: dict[str, nn.Module], count: int = 4) -> list[di
 
 
 def _truth(dataset: BaseDataset, index: int) -> tuple[np.ndarray, list[tuple]]:
-    """Returns the image in BGR, and what is in it: boxes or None, labels and scores or None."""
+    """Returns the image in BGR, and its ground truth: boxes or None, labels, and scores or None."""
     info = dataset.get_data_info(index)
     pixels = cv2.imread(info['img_path']) if info.get('img_path') else np.asarray(info['img'])
     if pixels.ndim == 2:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR)
-    elif not info.get('img_path'):  # kept in memory as RGB
+    elif not info.get('img_path'):  # in memory as RGB
         pixels = pixels[..., ::-1]
     if 'instances' in info:
         return pixels, [(each['bbox'], each['bbox_label'], None) for each in info['instances']

@@ -1,4 +1,4 @@
-"""What a preprocessor does to images, as part of an exported graph."""
+"""The preprocessor as part of an exported graph."""
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,17 +7,17 @@ from ..models.algorithms.teacher_inputs import pixel_statistics, reverses_channe
 
 
 class Pixels(nn.Module):
-    """From pixels (N, C, H, W) between 0 and 255, RGB or grey, to what the network takes.
+    """Converts pixels (N, C, H, W) between 0 and 255, RGB or grey, to the input of the network.
 
-    It does what ``DetDataPreprocessor`` does, in its order: channels, normalisation, padding. Outside of
-    ``image_sizes`` every pixel gets the padding's value, and right and bottom are padded to the preprocessor's
-    multiple.
+    It applies the steps of ``DetDataPreprocessor`` in the same order: channel order, normalisation, padding. Pixels
+    outside of ``image_sizes`` get the padding value, and the images are padded at the right and the bottom to the
+    preprocessor's multiple.
 
     Args:
-        preprocessor: of the model.
-        channels: of the images.
-        from_file: whether the model's pipeline reads files, which MMCV gives as BGR. Data sets that hold their images
-            in memory give RGB.
+        preprocessor: the preprocessor of the model.
+        channels: number of channels of the images.
+        from_file: whether the model's pipeline reads files, which MMCV reads as BGR. Data sets in memory have RGB
+            images.
     """
 
     def __init__(self, preprocessor: nn.Module, channels: int, from_file: bool) -> None:

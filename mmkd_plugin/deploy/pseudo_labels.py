@@ -1,4 +1,4 @@
-"""Labels that a teacher gives to images without any."""
+"""Pseudo-labels: a teacher's predictions on unlabelled images."""
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .sample_batch import as_tested
 from .student import plain_config
 
 ENDINGS = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
-IOU = 0.5  # from which on a detection counts as right
+IOU = 0.5  # smallest IoU of a correct detection
 
 Track = Callable[[Sequence], Iterable]
 
@@ -28,13 +28,13 @@ Track = Callable[[Sequence], Iterable]
 def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> nn.Module:
     """Returns the teacher of a distillation, or the model of a plain config, with these weights, in eval mode.
 
-    A teacher without a preprocessor of its own gets the student's.
+    A teacher without its own preprocessor gets the student's.
     """
     plain = plain_config(cfg)
     names = names_of(cfg.model.get('teacher'))
     if names != ['']:
-        raise ValueError(f'CONFIG: one teacher labels, got a distillation with several: {", ".join(names)}. Give the '
-                         'config of the one that is to label')
+        raise ValueError(f'CONFIG: expected a single teacher, got several: {", ".join(names)}. Pass the config of the '
+                         'teacher that labels')
     model = cfg.model.teacher if 'architecture' in cfg.model else cfg.model
     if not model.get('cfg_path'):
         model = dict(model)
@@ -48,65 +48,66 @@ def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """Returns the images under a folder, sorted.
+    """Returns the image files in a folder and its subfolders, sorted.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     found = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in ENDINGS)
     if not found:
-        raise ValueError(f'IMAGES: no image, got the folder {str(folder)!r}, expected files that end with '
-                         f'{", ".join(ENDINGS)}. Give another folder')
+        raise ValueError(f'IMAGES: no images in the folder {str(folder)!r}, expected files that end with '
+                         f'{", ".join(ENDINGS)}')
     return found
 
 
 @torch.no_grad()
 def predict(model: nn.Module, plain: Config, path: Path) -> tuple[Any, tuple[int, int]]:
-    """Returns what a model says of an image file, as its library packs it, and the image's height and width.
+    """Returns a model's prediction for an image file as a data sample, and the image's height and width.
 
-    The image gets there as in the test of the plain config.
+    The image is prepared by the test pipeline of the plain config.
 
     Raises:
-        ValueError: the file is no image.
+        ValueError: the file is not an image.
     """
     image = cv2.imread(str(path))
     if image is None:
-        raise ValueError(f'IMAGES: {str(path)!r} cannot be read as an image. Take it out')
+        raise ValueError(f'IMAGES: {str(path)!r} cannot be read as an image. Remove it')
     return model.test_step(pseudo_collate([as_tested(plain, image, str(path))]))[0], image.shape[:2]
 
 
 def best_threshold(scores: np.ndarray, hits: np.ndarray, wanted: int) -> tuple[float, float]:
-    """Returns the threshold of the largest F1, and that F1.
+    """Returns the threshold with the largest F1, and that F1.
 
-    With TP right ones among the n whose score is at least the threshold, F1 is ``2 TP / (n + wanted)``.
+    If n predictions have at least the threshold as their score and TP of them are correct, F1 is ``2 TP / (n +
+    wanted)``.
 
     Args:
-        scores: (n, ).
-        hits: (n, ), whether each is right.
-        wanted: how many right ones there could be.
+        scores: (n, ), scores of the predictions.
+        hits: (n, ), whether each prediction is correct.
+        wanted: number of objects.
 
     Raises:
-        ValueError: none is right.
+        ValueError: no prediction is correct.
     """
     order = np.argsort(-scores, kind='stable')
     scores, right = scores[order], np.cumsum(hits[order])
     f1 = 2 * right / (np.arange(1, len(scores) + 1) + wanted)
-    f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold takes all of a score
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores are on the same side of a threshold
     if not f1.any():
-        raise ValueError('--score-thr: auto finds nothing right in what the teacher says of the validation images. '
-                         'Check the weights and the config, or give a number')
+        raise ValueError('--score-thr: auto found no correct prediction of the teacher on the validation images. Check '
+                         'the weights and the config, or give a number')
     best = int(f1.argmax())
     return float(scores[best]), float(f1[best])
 
 
 def validation_threshold(model: nn.Module, plain: Config, track: Track) -> tuple[float, float]:
-    """Returns the threshold of the largest F1 on the validation set of a config, and that F1.
+    """Returns the threshold with the largest F1 on the validation set of a config, and that F1.
 
-    Of a detector, a detection is right if it matches an object of its class, not taken by a better one, at an IoU of
-    :data:`IOU`; of a classifier, a class is right if it is the image's.
+    A detection is correct if its IoU with an object of its class is at least :data:`IOU`, and no detection with a
+    higher score matches that object. The class of an image is correct if it is the label.
 
     Raises:
-        ValueError: the data are not here, or nothing is right.
+        ValueError: data are missing, or no prediction is correct.
     """
     missing = missing_inputs(Config(dict(test_dataloader=plain.val_dataloader,
                                          default_scope=plain.get('default_scope'))), training=False)
@@ -129,10 +130,10 @@ def validation_threshold(model: nn.Module, plain: Config, track: Track) -> tuple
 
 
 def _detections(found, objects: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns scores, which detections are right, and the number of objects of an image; ignored ones do not count."""
+    """Returns the scores, which detections are correct, and the number of objects of an image, without ignored ones."""
     from mmdet.evaluation.functional.mean_ap import tpfp_default
     boxes, scores = found.bboxes.cpu().numpy(), found.scores.cpu().numpy()
-    away = 2 * max([1., *boxes.ravel(), *(x for each in objects for x in each['bbox'])])  # moves classes apart
+    away = 2 * max([1., *boxes.ravel(), *(x for each in objects for x in each['bbox'])])  # separates the classes
     boxes = boxes + away * found.labels.cpu().numpy()[:, None]
     truth = np.array([[x + away * each['bbox_label'] for x in each['bbox']] for each in objects]).reshape(-1, 4)
     ignored = np.array([bool(each.get('ignore_flag')) for each in objects], bool)
@@ -142,10 +143,10 @@ def _detections(found, objects: Sequence[dict]) -> tuple[np.ndarray, np.ndarray,
 
 
 def coco_annotations(model: nn.Module, plain: Config, folder: Path, threshold: float, track: Track) -> dict:
-    """Returns the detections on a folder's images whose score is at least ``threshold``, in COCO's format.
+    """Returns the detections on a folder's images with a score of at least ``threshold``, in COCO format.
 
-    File names are relative to the folder, and categories are those of the validation set. What has no pixel of width
-    or height, which MMDetection would not read, is left out.
+    File names are relative to the folder. The categories are those of the validation set. Boxes with a width or height
+    below one pixel are left out, because MMDetection does not read them.
     """
     categories = _categories(plain)
     files, annotations = [], []
@@ -163,9 +164,9 @@ def coco_annotations(model: nn.Module, plain: Config, folder: Path, threshold: f
 
 
 def class_list(model: nn.Module, plain: Config, folder: Path, threshold: float, track: Track) -> list[str]:
-    """Returns a line ``FILE CLASS`` for each of a folder's images of whose class the teacher is sure enough.
+    """Returns a line ``FILE CLASS`` for each of a folder's images with a class score of at least ``threshold``.
 
-    That is what MMPretrain's ``CustomDataset`` reads as ``ann_file``, with the folder as ``data_prefix``.
+    MMPretrain's ``CustomDataset`` reads these lines as ``ann_file``, with the folder as ``data_prefix``.
     """
     lines = []
     for path in track(images_in(folder)):

@@ -1,4 +1,4 @@
-"""What a student costs and what it can do, beside its teacher and in each of its forms."""
+"""Accuracy and cost of a student, its teacher, and its exports."""
 import io
 from pathlib import Path
 
@@ -23,21 +23,21 @@ LABELS = dict(teacher='teacher', baseline='student alone', student='student', on
 
 
 class Report:
-    """Teacher, student alone, student, ONNX and 8 bits, measured alike.
+    """Measures teacher, student alone, student, ONNX and 8 bits in the same way.
 
     Args:
-        cfg: of the distillation, or of the plain model.
-        exported: file of the student.
-        batch: of one image at least, as a data loader collates it, to time on.
-        baseline: file of the same student, trained alone.
+        cfg: config of the distillation, or of the plain model.
+        exported: checkpoint of the exported student.
+        batch: a batch of a data loader with at least one image, for timing.
+        baseline: checkpoint of the same student, trained alone.
         trust_checkpoint: whether the files may run code.
 
     Attributes:
-        models: by name, what can be run, each with a ``test_step``.
-        found: by name, the figures. ``latency_ms`` is from pixels to detections or scores, post-processing included;
-            ``file_bytes`` of weights alone; ``accuracy`` by metric. The teacher, ``teacher.NAME`` of several, is None
-            where the config has none, and ``dict(missing=...)`` where its config is not here. Its accuracy is
-            evaluated, or what its library's metafile says, ``accuracy_from`` says which.
+        models: by name, models with a ``test_step``.
+        found: by name, the results. ``latency_ms`` is from pixels to detections or scores, with post-processing;
+            ``file_bytes`` is the size of the weights alone; ``accuracy`` is by metric. Several teachers are
+            ``teacher.NAME``. The teacher is None if the config has none, and ``dict(missing=...)`` if its config is
+            missing. Its accuracy is evaluated or taken from its library's metafile; ``accuracy_from`` tells which.
     """
 
     def __init__(self, cfg: Config, exported: str, batch: dict, baseline: str | None = None,
@@ -60,14 +60,14 @@ class Report:
         self.input = list(self.models['student'].data_preprocessor(dict(self.one), False)['inputs'].shape)
 
     def add_onnx(self, name: str, path: str, result: dict) -> None:
-        """Adds a graph, ``result`` being what was found when it was written."""
+        """Adds a graph; ``result`` is the result of its export."""
         self.models[name] = OnnxModel(path, threads=torch.get_num_threads())
         self.found[name] = dict(params=self.found['student']['params'], flops=self.found['student']['flops'],
                                 file=path, file_bytes=Path(path).stat().st_size, accuracy=result.get('accuracy'),
                                 **{key: value for key, value in result.items() if key != 'accuracy'})
 
     def evaluate(self, name: str) -> dict[str, float]:
-        """Runs the config's test with a model; returns its metrics."""
+        """Evaluates a model on the test set of the config; returns its metrics."""
         found = self.found[name]
         if found.get('accuracy_from', 'evaluated') != 'evaluated' or not found['accuracy']:
             accuracy = evaluate(self.plain, self.models[name], trust_checkpoint=self.trust)
@@ -75,7 +75,7 @@ class Report:
         return found['accuracy']
 
     def evaluate_all(self) -> None:
-        """Runs the config's test with all but a teacher without weights, whose accuracy may be known to its library."""
+        """Evaluates all models. A teacher without weights gets the accuracy in its library's metafile, if any."""
         for name in self.models:
             if name not in self.without_weights:
                 self.evaluate(name)

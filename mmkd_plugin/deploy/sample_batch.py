@@ -1,4 +1,4 @@
-"""A few real images as a model's test gives them, whether its data set is here or not."""
+"""A batch of real images from a model's test pipeline, with a substitute if the data set is missing."""
 from typing import Any
 
 import cv2
@@ -10,18 +10,18 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from ..config.preflight import downloads, missing_inputs
 
-_IN_MEMORY = 32  # side of the images of data sets that load no files, such as CIFAR
+_IN_MEMORY = 32  # image side of data sets in memory, such as CIFAR
 
 
 def sample_batch(cfg: Config, channels: int = 3) -> tuple[dict[str, Any], str]:
-    """Returns the first two images of the test, or of the validation, as a collated batch; and what they are.
+    """Returns the first two images of the test or validation set as a collated batch, and a description of them.
 
-    Where the data set is not here, it is a photograph that comes with Matplotlib and its mirror image, through the
-    same pipeline. Nothing is downloaded.
+    If the data set is missing, the images are a photograph of Matplotlib and its mirror image, from the same pipeline.
+    Nothing is downloaded.
 
     Args:
-        cfg: of a plain model.
-        channels: of the images that the model takes.
+        cfg: config of a plain model.
+        channels: number of channels of the model's images.
 
     Raises:
         ValueError: the config has neither ``test_dataloader`` nor ``val_dataloader``.
@@ -35,7 +35,7 @@ def sample_batch(cfg: Config, channels: int = 3) -> tuple[dict[str, Any], str]:
             found = DATASETS.build(dict(dataset, download=False) if downloads(dataset) else dataset)
             return pseudo_collate([found[i] for i in range(min(2, len(found)))]), f'the first images of {name}'
         except RuntimeError:
-            if not downloads(dataset):  # the others say so where their files are not there
+            if not downloads(dataset):  # other data sets report missing files themselves
                 raise
     path = cbook.get_sample_data('grace_hopper.jpg', asfileobj=False)
     image = cv2.imread(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
@@ -44,12 +44,12 @@ def sample_batch(cfg: Config, channels: int = 3) -> tuple[dict[str, Any], str]:
 
 
 def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
-    """Returns an image as an item of the test's, or the validation's, data set.
+    """Returns an image as an item of the test or validation set.
 
     Args:
-        cfg: of a plain model.
-        image: (H, W, 3) in BGR or (H, W). Where the data set is one of images in memory, it is made as small as these.
-        path: of its file.
+        cfg: config of a plain model.
+        image: (H, W, 3) in BGR, or (H, W). If the data set is in memory, it is resized to the size of such images.
+        path: path of its file.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     dataset = cfg[_loader(cfg)].dataset
@@ -60,7 +60,7 @@ def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
     height, width = image.shape[:2]
     item = dict(img=image, img_path=path, img_id=0, img_shape=(height, width), ori_shape=(height, width),
                 height=height, width=width, instances=[])
-    if not any(loads):  # as MMPretrain has them: RGB, and no file
+    if not any(loads):  # data sets of MMPretrain in memory have RGB images and no file
         image = cv2.resize(image, (_IN_MEMORY, _IN_MEMORY), interpolation=cv2.INTER_AREA)
         item.update(img=image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1]), img_path=None)
     return Compose(steps)(item)
@@ -70,5 +70,5 @@ def _loader(cfg: Config) -> str:
     for name in ('test_dataloader', 'val_dataloader'):
         if cfg.get(name):
             return name
-    raise ValueError('The config has neither test_dataloader nor val_dataloader, whose pipeline would tell how the '
-                     'model gets its images')
+    raise ValueError('config: has neither test_dataloader nor val_dataloader, expected one whose pipeline prepares '
+                     'the images')

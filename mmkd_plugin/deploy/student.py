@@ -1,4 +1,4 @@
-"""The student by itself: its plain config, and its weights as a checkpoint that needs nothing of ours."""
+"""Export of the student: its plain config, and a checkpoint that does not need this package."""
 import copy
 import io
 from pathlib import Path
@@ -20,12 +20,11 @@ from .sample_batch import sample_batch
 
 
 def plain_config(cfg: Config) -> Config:
-    """Returns the config of the student alone, or of a model without a teacher, with nothing of ours.
+    """Returns the config of the student alone, or of a model without a teacher, without types of this package.
 
-    Hooks that only make sense beside a teacher go with it; data, schedule and
-    evaluation stay.
+    Hooks that need a teacher are removed. Data, schedule and evaluation stay.
     """
-    cfg = copy.deepcopy(cfg)  # Config.copy() shares what is nested, and the caller's config would change
+    cfg = copy.deepcopy(cfg)  # Config.copy() is shallow and would change the caller's config
     if 'architecture' in cfg.model:
         student = cfg.model.architecture
         if student.get('cfg_path'):
@@ -41,17 +40,17 @@ def plain_config(cfg: Config) -> Config:
         if 'student_constructor' in cfg.optim_wrapper:
             cfg.optim_wrapper.constructor = cfg.optim_wrapper.pop('student_constructor')
     if _is_ours(cfg.get('optim_wrapper')):
-        cfg.optim_wrapper.type = 'OptimWrapper'  # whose arguments ours has
+        cfg.optim_wrapper.type = 'OptimWrapper'  # it has the same arguments
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', []) if not _is_ours(hook)]
     if _is_ours(cfg.get('val_cfg')):
         cfg.val_cfg.pop('type')
     if _is_ours(cfg.get('train_cfg')):
-        cfg.train_cfg.type = cfg.train_cfg.type.removeprefix('mmkd_plugin.Unlabelled')  # whose arguments ours has
+        cfg.train_cfg.type = cfg.train_cfg.type.removeprefix('mmkd_plugin.Unlabelled')  # the same arguments
         cfg.train_cfg.pop('unlabelled_dataloader', None)
     for name, hook in list(cfg.get('default_hooks', {}).items()):
         if _is_ours(hook):
             if name == 'checkpoint':
-                hook.type = 'CheckpointHook'  # whose arguments ours has
+                hook.type = 'CheckpointHook'  # it has the same arguments
             else:
                 del cfg.default_hooks[name]
     return cfg
@@ -62,10 +61,10 @@ def _is_ours(part: dict | None) -> bool:
 
 
 def build_student(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> BaseModel:
-    """Builds the plain student with the weights of ``checkpoint``, exported or of a distillation.
+    """Builds the plain student with the weights of ``checkpoint``, an exported one or one of a distillation.
 
     Raises:
-        ValueError: the checkpoint does not fit the student entirely, or as :func:`read_checkpoint`.
+        ValueError: the checkpoint does not fit the student; or as in :func:`read_checkpoint`.
     """
     cfg = plain_config(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -78,7 +77,7 @@ def build_student(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
 
 
 def foreign_parts(module: nn.Module, name: str = 'the model') -> list[str]:
-    """Returns what plain MMDetection and MMPretrain cannot build, such as ``'backbone (mmrazor.WideResNet)'``."""
+    """Returns the modules that MMDetection and MMPretrain cannot build, such as ``'backbone (mmrazor.WideResNet)'``."""
     package = type(module).__module__.partition('.')[0]
     if package in ('mmkd_plugin', 'mmrazor'):
         return [f'{name} ({package}.{type(module).__name__})']
@@ -88,18 +87,17 @@ def foreign_parts(module: nn.Module, name: str = 'the model') -> list[str]:
 
 def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = False,
                    trust_checkpoint: bool = False) -> list[str]:
-    """Writes the student of ``checkpoint`` to ``out``, loadable by plain MMDetection or MMPretrain.
+    """Writes the student of ``checkpoint`` to ``out`` as a checkpoint of plain MMDetection or MMPretrain.
 
-    The file has ``state_dict`` and ``meta`` (the classes, and the plain config as text), as
-    those libraries write it. It gets its name when it is written and checked: loaded strictly into
-    the model of that config, it must put out for real images, to the bit, what the student puts out
-    that the distillation builds. See :func:`sample_batch` for the images.
+    The file has ``state_dict`` and ``meta`` (the classes, and the plain config as text), like checkpoints of those
+    libraries. It is checked before it gets its name: it is loaded strictly into the model of that config, and on real
+    images (:func:`sample_batch`) its outputs must be bit-identical to those of the student in the distillation.
 
-    Of a run with MMEngine's ``EMAHook`` it is the average, which is what was validated: in its checkpoints, that
-    is ``state_dict``, and what training goes on from is in ``ema_state_dict``.
+    If the run used MMEngine's ``EMAHook``, the averaged weights are exported, which are those that were validated. In
+    such a checkpoint, ``state_dict`` has the averaged weights and ``ema_state_dict`` those that training resumes from.
 
     Returns:
-        :func:`foreign_parts` of the student. Where there are any, the file loads after ``import mmkd_plugin`` only.
+        :func:`foreign_parts` of the student. If there are any, the file loads only after ``import mmkd_plugin``.
 
     Raises:
         ValueError: the weights do not fit the student, the file fails the check, or ``out`` exists and
@@ -110,7 +108,7 @@ def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = Fal
     meta = dict(read_checkpoint(checkpoint, 'checkpoint', trust_checkpoint).get('meta', {}))
     meta['cfg'] = plain_config(cfg).pretty_text
     with finished('out', out, overwrite) as unfinished:
-        content = io.BytesIO()  # torch.save to a file on a full disk says nothing of the disk
+        content = io.BytesIO()  # torch.save to a full disk does not report the cause
         torch.save(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict())), content)
         unfinished.write_bytes(content.getbuffer())
         _check_exported(unfinished, cfg, checkpoint, trust_checkpoint)
@@ -118,19 +116,19 @@ def export_student(cfg: Config, checkpoint: str, out: str, overwrite: bool = Fal
 
 
 def _check_exported(path: Path, cfg: Config, checkpoint: str, trust_checkpoint: bool) -> None:
-    """Raises ``ValueError`` unless the file is, in all that counts, the student of the checkpoint."""
+    """Raises ``ValueError`` unless the outputs of the file are those of the student in the checkpoint."""
     text = read_checkpoint(str(path), 'out', trust_checkpoint)['meta']['cfg']
     exported = build_student(Config.fromstring(text, '.py'), str(path), trust_checkpoint).eval()
     trained = _distilled_student(cfg, checkpoint, trust_checkpoint).eval()
     batch, _ = sample_batch(plain_config(cfg), image_channels(exported))
     for one, other in zip(_outputs(exported, batch), _outputs(trained, batch), strict=True):
         if not torch.equal(one, other):
-            raise ValueError(f'out: the exported student puts out something else than that of {checkpoint!r}; the '
-                             f'largest difference is {(one - other).abs().max():g}. Nothing is written')
+            raise ValueError(f'out: the outputs of the exported student differ from those of {checkpoint!r} by up to '
+                             f'{(one - other).abs().max():g}. No file was written')
 
 
 def _distilled_student(cfg: Config, checkpoint: str, trust_checkpoint: bool) -> BaseModel:
-    """Builds the student as :class:`TeacherStudentDistill` does."""
+    """Builds the student in the same way as :class:`TeacherStudentDistill`."""
     if 'architecture' not in cfg.model:
         return build_student(cfg, checkpoint, trust_checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -144,27 +142,27 @@ def _distilled_student(cfg: Config, checkpoint: str, trust_checkpoint: bool) -> 
 
 
 def image_channels(model: nn.Module) -> int:
-    """Returns how many channels the images have that a model takes: one or three."""
+    """Returns the number of channels of a model's images, 1 or 3."""
     mean = getattr(model.data_preprocessor, 'mean', None)
     if mean is not None:
         return mean.numel()
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    return 1 if first == 1 else 3  # YOLOX folds its images to twelve
+    return 1 if first == 1 else 3  # YOLOX folds its images to 12 channels
 
 
 @torch.no_grad()
 def _outputs(model: BaseModel, batch: dict) -> list[torch.Tensor]:
-    """Returns the tensors that a model makes of a batch: raw, and after post-processing."""
+    """Returns a model's outputs for a batch as tensors, before and after post-processing."""
     data = model.data_preprocessor(copy.deepcopy(batch), False)
     raw = RawOutputs(model, data.get('data_samples'))(data['inputs'])
     return [*raw, *_tensors(model(**data, mode='predict'))]
 
 
 def _tensors(predictions: object) -> list[torch.Tensor]:
-    """Returns the tensors in predictions of any kind: boxes, masks, panoptic maps, scores, those of several tasks."""
+    """Returns the tensors in predictions of any kind: boxes, masks, panoptic maps, scores, or several tasks."""
     if isinstance(predictions, torch.Tensor):
         return [predictions]
-    if isinstance(predictions, BaseDataElement):  # without what the data set says
+    if isinstance(predictions, BaseDataElement):  # without the metainfo
         predictions = [value for name, value in predictions.items() if not name.startswith('gt_')]
     elif isinstance(predictions, dict):
         predictions = list(predictions.values())

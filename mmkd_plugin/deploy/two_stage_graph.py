@@ -1,9 +1,9 @@
-"""A detector of two stages as one graph: Faster R-CNN, from pixels to boxes, scores and labels.
+"""The graph of a two-stage detector (Faster R-CNN), from pixels to boxes, scores and labels.
 
-As in :mod:`.detector_graph`, no branch depends on the data: each image keeps the places of ``max_per_img`` proposals,
-and every level's RoIAlign takes all of them.
+As in :mod:`.detector_graph`, no branch depends on the data. Each image keeps the places of ``max_per_img`` proposals,
+and the RoIAlign of each level processes all of them.
 
-Letters: N images, P proposals an image, C classes.
+Letters: N images, P proposals per image, C classes.
 """
 import torch
 from mmcv.ops import RoIAlign
@@ -21,9 +21,9 @@ from .nms import keep_best
 
 
 class TwoStageGraph(DetectorGraph):
-    """The graph of :class:`DetectorGraph`, of a model that :func:`why_not_two_stages` has nothing against.
+    """As :class:`DetectorGraph`, for a model for which :func:`why_not_two_stages` returns None.
 
-    Candidates with equal scores are taken in the order of their proposals' scores, and then by their label.
+    Candidates with equal scores are ordered by the scores of their proposals, and then by label.
     """
 
     def candidates(self, images: Tensor, image_sizes: Tensor) -> Candidates:
@@ -41,43 +41,43 @@ class TwoStageGraph(DetectorGraph):
 
 
 def why_not_two_stages(model: TwoStageDetector) -> str | None:
-    """Returns why a detector has no such graph, or None if it has."""
+    """Returns the reason why a detector has no such graph, or None if it has one."""
     name = type(model).__name__
     rpn, roi_head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
     if rpn is None or roi_head is None:
         return f'{name} has no {"rpn_head" if rpn is None else "roi_head"}, expected both'
     if roi_head.with_mask:
-        return f'the masks of {name} are not exported, only boxes'
+        return f'the masks of {name} are not supported, only boxes'
     own = [(model, TwoStageDetector, ('predict', 'extract_feat')),
            (rpn, BaseDenseHead, ('predict', 'predict_by_feat')),
            (rpn, RPNHead, ('_predict_by_feat_single', '_bbox_post_process')),
            (roi_head, BaseRoIHead, ('predict', )), (roi_head, StandardRoIHead, ('predict_bbox', '_bbox_forward'))]
     for part, known, methods in own:
         if any(getattr(type(part), method, None) is not getattr(known, method) for method in methods):
-            return f'the prediction of {type(part).__name__} is its own, and is not known here'
+            return f'the prediction of {type(part).__name__} is not supported'
     head, extractor = roi_head.bbox_head, roi_head.bbox_roi_extractor
     if any(getattr(type(head), method, None) is not getattr(BBoxHead, method)
            for method in ('predict_by_feat', '_predict_by_feat_single')) or not (head.with_cls and head.with_reg):
-        return f'the post-processing of {type(head).__name__} is its own, and is not known here'
+        return f'the post-processing of {type(head).__name__} is not supported'
     if head.custom_cls_channels:
-        return f'the scores of {type(head.loss_cls).__name__} are its own, and are not known here'
+        return f'the scores of {type(head.loss_cls).__name__} are not supported'
     for part in (rpn, head):
         if type(part.bbox_coder) is not DeltaXYWHBBoxCoder:
-            return f'the boxes of {type(part.bbox_coder).__name__} are not decoded here'
+            return f'the boxes of {type(part.bbox_coder).__name__} are not supported'
     if type(extractor) is not SingleRoIExtractor:
-        return f'the regions of {type(extractor).__name__} are not known here, expected a SingleRoIExtractor'
+        return f'the regions of {type(extractor).__name__} are not supported, expected a SingleRoIExtractor'
     layer = extractor.roi_layers[0]
     if type(layer) is not RoIAlign or layer.pool_mode != 'avg':
         return f'roi_layer is {layer}, expected RoIAlign with pool_mode=\'avg\''
     if rpn.test_cfg.max_per_img < 1:
-        return f'test_cfg.rpn.max_per_img is {rpn.test_cfg.max_per_img}, expected one proposal or more'
+        return f'test_cfg.rpn.max_per_img is {rpn.test_cfg.max_per_img}, expected at least 1'
     return why_not_nms(rpn.test_cfg, 'test_cfg.rpn') or why_not_nms(roi_head.test_cfg, 'test_cfg.rcnn')
 
 
 def propose(head: RPNHead, features: tuple[Tensor, ...], image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the proposals (N, P, 4) and their scores (N, P), both zero after the last one.
+    """Returns the proposals (N, P, 4) and their scores (N, P), both zero after the last proposal.
 
-    The level is the label of NMS, which so takes each level by itself.
+    NMS gets the level as label, so that it runs for each level separately.
     """
     logits, deltas = head(features)
     levels = []
@@ -89,14 +89,15 @@ def propose(head: RPNHead, features: tuple[Tensor, ...], image_sizes: Tensor) ->
 
 
 def roi_features(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
-    """Returns what the extractor takes of ``boxes`` (N, P, 4), as (N * P, channels, height, width).
+    """Returns the extractor's features of ``boxes`` (N, P, 4), as (N * P, channels, height, width).
 
-    Each level takes all boxes, those of other levels shrunk to a point, where the adaptive RoIAlign (``sampling_ratio``
-    of 0) samples nothing. For 200 boxes on four levels of 64 channels, one thread takes 22 ms; 18 ms if each level
-    takes its own boxes only, which needs shapes that depend on the data, and 168 ms if all boxes keep their size.
+    Each level processes all boxes. Those of other levels are shrunk to a point, where the adaptive RoIAlign
+    (``sampling_ratio`` of 0) does not sample. For 200 boxes on four levels of 64 channels, one thread takes 22 ms. It
+    takes 18 ms if each level processes only its own boxes, which needs shapes that depend on the data, and 168 ms if
+    all boxes keep their size.
 
-    The operator is torchvision's, which computes what mmcv's does. mmcv's own symbolic shifts the boxes itself, which
-    ``RoiAlign`` of opset 16 and later does once more.
+    The operator is torchvision's, which gives the same results as mmcv's. mmcv's own symbolic shifts the boxes, and
+    ``RoiAlign`` of opset 16 and later would shift them again.
     """
     index = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None].expand(-1, boxes.shape[1], 1)
     rois = torch.cat([index, boxes], 2).flatten(0, 1)
@@ -112,7 +113,7 @@ def roi_features(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], bo
 
 def classify(head: BBoxHead, regions: Tensor, proposals: Tensor, proposal_scores: Tensor, threshold: float,
              image_sizes: Tensor) -> Candidates:
-    """Returns a candidate of each proposal and class, (N, P * C)."""
+    """Returns one candidate per proposal and class, (N, P * C)."""
     logits, deltas = head(regions)
     scores = logits.softmax(1)[:, :-1].reshape(*proposals.shape[:2], head.num_classes)
     scores = scores.masked_fill((scores <= threshold) | (proposal_scores <= 0).unsqueeze(2), -1)

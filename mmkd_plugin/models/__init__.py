@@ -1,6 +1,6 @@
-import mmrazor.models  # noqa: F401  registers what the configs here take from MMRazor
+import mmrazor.models  # noqa: F401  registers the classes that configs use from MMRazor
 
-from . import tokens  # noqa: F401  registers the recorder of layers
+from . import tokens  # noqa: F401  registers the recorder MapOutputs
 from .algorithms import *  # noqa: F403
 from .area_detectors import *  # noqa: F403
 from .backbones import *  # noqa: F403

@@ -1,8 +1,8 @@
-"""Brings a map of the student and one of the teacher to one size, cell on cell.
+"""Bringing maps of student and teacher to the same size.
 
-Maps of equal stride differ in size where the networks pad differently: by their preprocessors (to multiples of 32,
-or not), or by rounding (a ResNet rounds up, a ConvNeXt down). The upper left cells still cover the same pixels, so
-the larger map is cropped at the bottom and at the right; interpolation would shift every cell. Only maps of
+Maps of equal stride differ in size if the networks pad differently: in their preprocessors (to multiples of 32, or
+not), or by rounding (a ResNet rounds up, a ConvNeXt down). Their upper left cells still cover the same pixels.
+Therefore the larger map is cropped at the bottom and the right; interpolation would shift every cell. Only maps of
 different strides are interpolated.
 
 Letters: N images, C channels of the student, D of the teacher, H x W cells.
@@ -27,27 +27,27 @@ def crop_to_common(s_map: Tensor, t_map: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Interpolates a map (N, C, H, W) to ``size`` (h, w), bilinearly; a smaller one averages what it leaves out."""
+    """Interpolates a map (N, C, H, W) to ``size`` (h, w), bilinearly, with antialiasing if the size shrinks."""
     if x.shape[2:] == tuple(size):
         return x
     return F.interpolate(x.float(), tuple(size), mode='bilinear', antialias=True).to(x.dtype)
 
 
 def stride_ratio(s_cells: int, t_cells: int, s_pixels: int, t_pixels: int) -> float:
-    """Returns the teacher's stride over the student's along one axis, from the lengths of a map and of its image.
+    """Returns the ratio of the teacher's to the student's stride along one axis, from the lengths of maps and images.
 
-    It is 1 where a power of two explains both lengths, one network rounding up and the other down.
+    The ratio is 1 if both lengths fit the same power of two, with one network rounding up and the other down.
     """
     if s_pixels * t_cells == t_pixels * s_cells:
         return 1.
     least = max(s_pixels / (s_cells + 1), t_pixels / (t_cells + 1))
     most = min(s_pixels / max(s_cells - 1, 1e-6), t_pixels / max(t_cells - 1, 1e-6))
-    stride = 2.**(math.floor(math.log2(least)) + 1)  # the first power of two above the least that both allow
+    stride = 2.**(math.floor(math.log2(least)) + 1)  # the first power of two above the lower bound
     return 1. if stride < most else (t_pixels / t_cells) / (s_pixels / s_cells)
 
 
 class Place(NamedTuple):
-    """Where a map is recorded: the call of the recorder's source, then indices into what the call put out."""
+    """The place of a map in a recorder: the call of the recorder's source, then indices into the call's output."""
     recorder: BaseRecorder
     path: tuple[int, ...]
 
@@ -68,12 +68,12 @@ def _replaced(values: Sequence, path: Sequence[int], value: Tensor) -> Sequence:
 
 
 class Alignment:
-    """Aligns, where they are recorded, the maps that losses compare.
+    """Aligns the recorded maps that losses compare, in the recorders.
 
     Args:
-        pairs: of places in student and teacher, the ratio by which the teacher's map is enlarged before the larger
-            one is cropped; (1, 1) is cropping alone. None: the teacher's map is interpolated to the size of the
-            student's, for a teacher that sees the whole batch resized.
+        pairs: by (place in the student, place in the teacher), the ratio by which the teacher's map is enlarged before
+            the larger map is cropped; (1, 1) means cropping alone. With None, the teacher's map is interpolated to the
+            size of the student's, for a teacher that gets the whole batch resized.
     """
 
     def __init__(self, pairs: Mapping[tuple[Place, Place], Ratio | None]) -> None:
@@ -100,10 +100,10 @@ class Alignment:
 
 
 def compared_maps(distiller: ConfigurableDistiller) -> list[tuple[Place, Place]]:
-    """Returns the pairs of maps, of student and teacher, that the losses of ``distiller`` compare.
+    """Returns the pairs of maps (student, teacher) that the losses of ``distiller`` compare.
 
-    They are those of the ``layers`` of a :class:`.FeatureDistiller`, and those of each loss that reads one map, or one
-    sequence of maps, of either network. The recorders must be full.
+    These are the maps of the ``layers`` of a :class:`.FeatureDistiller`, and the maps of each loss that reads one map,
+    or one sequence of maps, from each network. The recorders must be filled.
     """
     entries = [([distiller.place(layer, level, True)], [distiller.place(layer, level, False)])
                for layer in getattr(distiller, 'layers', ()) for level in range(len(distiller.maps(layer, True)))]
@@ -120,7 +120,7 @@ def compared_maps(distiller: ConfigurableDistiller) -> list[tuple[Place, Place]]
 
 
 def _places(distiller: ConfigurableDistiller, entry: dict, from_student: bool) -> tuple[Place, ...]:
-    """Returns the places of the maps (N, C, H, W) that an entry of ``loss_forward_mappings`` reads, if it does."""
+    """Returns the places of the maps (N, C, H, W) that an entry of ``loss_forward_mappings`` reads, if any."""
     recorder = (distiller.student_recorders if from_student else distiller.teacher_recorders).get_recorder(
         entry['recorder'])
     path = (entry.get('record_idx', 0), *([] if entry.get('data_idx') is None else [entry['data_idx']]))

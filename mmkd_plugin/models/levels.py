@@ -1,6 +1,6 @@
-"""A pyramid as one row of cells: level after level, each level in reading order.
+"""A pyramid as one row of cells, level by level, each in reading order.
 
-What treats all cells alike is then one operation, however many levels there are.
+An operation on all cells then runs once for all levels.
 
 Letters: N images, C channels, (h, w) a level's map, L cells of all levels.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Levels(tuple):
-    """The (N, C, h, w) maps of a pyramid, views of its row (N, C, L), which is kept as ``row``."""
+    """The (N, C, h, w) maps of a pyramid. They are views of ``row``, (N, C, L)."""
     row: Tensor
 
     def __new__(cls, row: Tensor, shapes: Sequence[Sequence[int]]) -> 'Levels':
@@ -22,10 +22,10 @@ class Levels(tuple):
 
 
 def to_row(levels: Sequence[Tensor]) -> Tensor:
-    """(N, C, h, w) maps as one row, (N, C, L)."""
+    """Returns (N, C, h, w) maps as one row, (N, C, L)."""
     return levels.row if isinstance(levels, Levels) else join([level.flatten(2) for level in levels], 2)
 
 
 def join(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """``torch.cat``, which copies nothing where there is one tensor."""
+    """As ``torch.cat``, but does not copy a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -1,4 +1,4 @@
-"""Runs a model under MMRazor's recorders, and no further than they read."""
+"""Running a model with MMRazor's recorders, only as far as they read."""
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +18,12 @@ from .dummy_input import dummy_inputs
 
 
 def check_wiring(distiller: dict) -> None:
-    """Raises ``ValueError``, with its place, for what is no dict or no name in the config of a distiller."""
+    """Raises ``ValueError`` for a field in the config of a distiller that must be a dict or a name, but is not."""
     _check_name('distiller.type', check_dict('distiller', distiller).get('type') or None)
     for field in ('student_recorders', 'teacher_recorders', 'connectors', 'distill_losses'):
         for name, part in check_dict(f'distiller.{field}', distiller.get(field) or {}).items():
             place = f'distiller.{field}.{name}'
-            for each in part if field == 'connectors' and isinstance(part, list) else [part]:  # a chain of them
+            for each in part if field == 'connectors' and isinstance(part, list) else [part]:  # a sequence
                 _check_name(f'{place}.type', check_dict(place, each).get('type') or None)
             if 'recorder' in field and 'source' in part:
                 _check_name(f'{place}.source', part['source'])
@@ -40,29 +40,29 @@ def _check_name(field: str, name: str | type | None) -> None:
 
 
 class UnknownLayerError(ValueError):
-    """A recorder's ``source`` is no layer or parameter of ``model``."""
+    """The ``source`` of a recorder is not a layer or parameter of ``model``."""
 
     def __init__(self, message: str, model: nn.Module, source: str) -> None:
         super().__init__(message)
         self.model, self.source = model, source
 
     def of_pair(self, student: nn.Module, teacher: nn.Module) -> str:
-        """Returns the message with whose layer is meant, and whether the other of the two has it."""
+        """Returns the message with the network it refers to, and whether the other network has the layer."""
         (whose, _), (others, other) = sorted((('student', student), ('teacher', teacher)),
                                              key=lambda side: side[1] is not self.model)
         known = {name for names in (other.named_modules(), other.named_parameters()) for name, _ in names}
         return f'{self}. This is the {whose}' + (
-            f'; the {others}, {type(other).__name__}, has it: of a pair (student, teacher) the layer of the student '
+            f'. The {others}, {type(other).__name__}, has it. In a pair (student, teacher), the layer of the student '
             'comes first' if self.source in known else '')
 
 
 def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: str) -> None:
-    """Raises :class:`UnknownLayerError`, with the closest names, for a recorder of what is not there.
+    """Raises :class:`UnknownLayerError`, with the closest names, if a recorder's source does not exist.
 
     Args:
         recorders: configs of recorders, by name.
-        model: whose layers they record.
-        field: of the config that holds them.
+        model: the model whose layers they record.
+        field: the config field of the recorders.
     """
     for name, recorder in (recorders or {}).items():
         kind, source = str(recorder.get('type')).split('.')[-1], recorder.get('source')
@@ -86,22 +86,23 @@ def merged(managers: Mapping[str, RecorderManager]) -> RecorderManager:
 
 
 class _Recorded(Exception):
-    """All that is read has been recorded."""
+    """Stops a forward pass in which all outputs to read are recorded."""
 
 
 class PartialForward:
-    """Runs ``model`` until the last of its recorders has what is read of it, then stops it.
+    """Runs ``model`` until all outputs to read are recorded, then stops it.
 
-    Neck recorders leave the head out, recorders of the second stage of a
-    backbone leave the third out, and no loss is computed. Where a recorder is
-    of a function or method, or of a part of a head that a dummy input does not reach
-    (``head.loss_module``), the whole model runs in mode ``loss``, as in MMRazor.
+    With recorders of the neck, the head does not run. With recorders of the
+    second stage of a backbone, the third does not run. No loss is computed. If
+    a recorder is of a function or method, or of a part of the head that a dummy
+    input does not reach (``head.loss_module``), the whole model runs in mode
+    ``loss``, as in MMRazor.
 
     Args:
         model: the network; ``recorders`` have been initialised with it.
         recorders: MMRazor's manager of the network's recorders.
-        calls: how many calls of a recorder's source are read, by the
-            recorder's name; 1 where not given.
+        calls: number of calls of a recorder's source to read, by the name of
+            the recorder; by default 1.
     """
 
     def __init__(self, model: nn.Module, recorders: RecorderManager, calls: dict[str, int]) -> None:
@@ -129,7 +130,7 @@ class PartialForward:
         """Fills the recorders' buffers.
 
         Raises:
-            ValueError: a recorded layer does not run in the model's forward.
+            ValueError: a recorded layer does not run in the model's forward pass.
         """
         if not self.recorders.recorders and self.mode == 'tensor':
             return
@@ -143,15 +144,15 @@ class PartialForward:
             self._running = False
         silent = self.silent()
         if silent:
-            raise ValueError(f'{type(self.model).__name__} did not run {", ".join(silent)} (as often as is read) '
-                             f'in its forward in mode {self.mode!r}: record another layer')
+            raise ValueError(f'{type(self.model).__name__} did not run {", ".join(silent)}, or not often enough, in '
+                             f'its forward pass in mode {self.mode!r}. Record another layer')
 
     def silent(self) -> list[str]:
-        """Returns the sources that have not run as often as is read."""
+        """Returns the sources that ran less often than is read."""
         return [recorder.source for recorder, count in self._needed if len(recorder.data_buffer) < count]
 
     def remove(self) -> None:
-        """Takes the hooks off the model again."""
+        """Removes the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -159,11 +160,11 @@ class PartialForward:
 @torch.no_grad()
 def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict[str, int] | None = None,
                        to_the_end: bool = False) -> None:
-    """Fills the recorders from one dummy input, in eval mode, to learn shapes at build time.
+    """Fills the recorders from one dummy input, in eval mode, to get shapes at build time.
 
-    What is recorded in the loss only stays empty: a loss would need ground truth. With ``to_the_end`` the model runs
-    to its end, so that every call of a layer is recorded; where it cannot, it stops at the first. The records
-    are on the CPU, where distillers are built, wherever the model is.
+    Recorders of layers that run only in the loss stay empty, because a loss needs ground truth. With ``to_the_end`` the
+    whole model runs, so that every call of a layer is recorded. If that fails, the model stops after the first call.
+    The recorded tensors are on the CPU, where distillers are built, whatever the model's device.
     """
     forward = PartialForward(model, recorders, calls or {})
     if to_the_end and forward.mode == 'tensor':
@@ -174,7 +175,7 @@ def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict
             change_records(recorders, Tensor.cpu)
             forward.remove()
             return
-        except Exception:  # some heads cannot run without ground truth; backbone and neck can
+        except Exception:  # some heads need ground truth; backbone and neck do not
             forward.to_the_end = False
             for recorder in recorders.recorders.values():
                 recorder.reset_data_buffer()
@@ -190,37 +191,38 @@ def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict
 
 
 def change_records(recorders: RecorderManager, change: Callable[[Tensor], Tensor]) -> None:
-    """Replaces every recorded tensor, in whatever it is recorded, by what ``change`` makes of it."""
+    """Replaces every recorded tensor, in containers too, by the result of ``change``."""
     for recorder in recorders.recorders.values():
         if not isinstance(recorder, ParameterRecorder):
             recorder.data_buffer[:] = tree_map(lambda x: change(x) if torch.is_tensor(x) else x, recorder.data_buffer)
 
 
 def layers_in_place(model: nn.Module) -> list[nn.Module]:
-    """Returns the layers of backbone and neck that write in place, but not dropout, which does so in training only."""
+    """Returns the layers of backbone and neck that write in place, without dropout, which does so in training only."""
     return [layer for name, part in model.named_children() if name in ('backbone', 'neck') for layer in part.modules()
             if getattr(layer, 'inplace', False) and not isinstance(layer, _DropoutNd)]
 
 
 def write_in_place(layers: list[nn.Module], model: nn.Module, recorders: RecorderManager) -> None:
-    """Lets ``layers``, which MMRazor has stopped from it, write in place again, unless a record would change.
+    """Makes ``layers`` write in place again, unless that changes a recorded tensor.
 
-    That saves the time and memory that a copy takes. What a dummy input cannot show counts as a change: functions and
-    methods that are recorded, and a model whose ``extract_feat`` does not take the image.
+    MMRazor switches writing in place off. Switching it on again saves the time and memory of copies. If a dummy input
+    cannot check this, the layers stay as they are. This is the case for recorded functions and methods, and for a model
+    whose ``extract_feat`` does not take the image.
     """
     _set_in_place(layers, True)
     try:
         lost = _written_over(model, recorders)
-    except Exception:  # of the model, whatever it is: MMRazor's way works for all
+    except Exception:  # models raise many types; MMRazor's setting works for all models
         _set_in_place(layers, False)
         return
     if lost:
         _set_in_place(layers, False)
         lost = _written_over(model, recorders)
     if lost:
-        print_log(f'{type(model).__name__} seems to write over what is recorded of {", ".join(lost)} later, by an '
-                  'operation such as +=; then the loss reads something else: record the layer that ends with it.',
-                  logger='current', level=logging.WARNING)
+        print_log(f'{type(model).__name__} seems to overwrite the recorded output of {", ".join(lost)} with an '
+                  'in-place operation such as +=. The loss would read the changed values. Record the layer that ends '
+                  'with this operation.', logger='current', level=logging.WARNING)
 
 
 def _set_in_place(layers: list[nn.Module], value: bool) -> None:
@@ -230,12 +232,12 @@ def _set_in_place(layers: list[nn.Module], value: bool) -> None:
 
 @torch.no_grad()
 def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
-    """Returns the sources whose output, or input where that is recorded, ``extract_feat`` writes over later."""
+    """Returns the sources whose recorded output or input ``extract_feat`` overwrites later."""
     seen: list[tuple[str, torch.Tensor, int]] = []
     modules, hooks = dict(model.named_modules()), []
     try:
         for recorder in recorders.recorders.values():
-            def note(_, *passed, source=recorder.source) -> None:  # (inputs) or (inputs, outputs): the last is recorded
+            def note(_, *passed, source=recorder.source) -> None:  # (inputs) or (inputs, outputs); records the last
                 seen.extend((source, x, x._version) for x in tree_flatten(passed[-1])[0] if torch.is_tensor(x))
             if isinstance(recorder, ModuleInputsRecorder):
                 hooks.append(modules[recorder.source].register_forward_pre_hook(note))
@@ -254,7 +256,7 @@ def _written_over(model: nn.Module, recorders: RecorderManager) -> list[str]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and after it every module's own mode again."""
+    """Context for eval mode. It restores the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -266,7 +268,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; afterwards all modes and random states are as they were."""
+    """Context for eval mode without gradient. It restores all modes and random states."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices), torch.no_grad(), evaluating(model):
@@ -279,7 +281,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keep_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norm in training mode normalises as ever, but its running statistics stay."""
+    """Context in which batch norm in training mode does not update its running statistics."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -292,7 +294,7 @@ def keep_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_stream_kept() -> Iterator[None]:
-    """Afterwards torch's random states, of the CPU and of the GPU in use, are as they were."""
+    """Context that restores torch's random states of the CPU and the current GPU."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         yield

@@ -1,4 +1,4 @@
-"""Tokens of transformers and mixers as feature maps."""
+"""Conversion of tokens of transformers and mixers to feature maps."""
 import math
 from typing import Any
 
@@ -13,20 +13,20 @@ EXTRA_TOKENS = (0, 1, 2, 5)  # none; class; class and distillation; class and fo
 def to_map(x: Tensor, image_size: tuple[int, int] | None = None, num_extra_tokens: int | None = None) -> Tensor:
     """Returns tokens as a feature map, without the tokens that belong to no position of the image.
 
-    ViT, DeiT, DINOv2, EVA-02, T2T-ViT, TNT, MLP-Mixer, XCiT and the blocks of Swin and TinyViT put out tokens. The
-    extra tokens (class, distillation, registers) come first in all of them, and the others in rows from the top left.
+    ViT, DeiT, DINOv2, EVA-02, T2T-ViT, TNT, MLP-Mixer, XCiT and the blocks of Swin and TinyViT output tokens. In all of
+    them, extra tokens (class, distillation, registers) come first. The others follow in rows from the top left.
 
     Args:
         x: (N, L, C).
         image_size: height and width of the network's input; None for a square one.
-        num_extra_tokens: how many tokens come before those of the image. None finds it: the first of
-            ``EXTRA_TOKENS`` that leaves a grid. State it where ``L`` may vary, as with images of many sizes.
+        num_extra_tokens: number of tokens before those of the image. With None, it is the first of ``EXTRA_TOKENS``
+            that leaves a grid. Set it if ``L`` can vary, as with images of many sizes.
 
     Returns:
         (N, C, h, w), a view of ``x``.
 
     Raises:
-        ValueError: ``x`` is not (N, L, C), or its tokens form no grid of the image's aspect ratio.
+        ValueError: ``x`` is not (N, L, C), or its tokens do not form a grid with the image's aspect ratio.
     """
     if x.dim() != 3:
         raise ValueError(f'tokens: expected a tensor (N, L, C), got shape {tuple(x.shape)}')
@@ -37,7 +37,7 @@ def to_map(x: Tensor, image_size: tuple[int, int] | None = None, num_extra_token
 
 def find_grid(length: int, image_size: tuple[int, int] | None = None,
               num_extra_tokens: int | None = None) -> tuple[int, tuple[int, int]]:
-    """Returns the number of extra tokens among ``length``, and height and width of the grid of the others.
+    """Returns the number of extra tokens among ``length`` tokens, and height and width of the grid of the others.
 
     Args, Raises: as in :func:`to_map`.
     """
@@ -63,7 +63,7 @@ def _rows(count: int, aspect: float) -> list[int]:
 
 
 def _one_stride(grid: tuple[int, int], image_size: tuple[int, int]) -> bool:
-    """Whether one stride gives this grid, if what is left at the borders is dropped, or padded."""
+    """Whether one stride gives this grid, with the rest at the borders dropped or padded."""
     floor = [(length / (cells + 1), length / cells) for length, cells in zip(image_size, grid)]
     ceil = [(length / cells, length / (cells - 1) if cells > 1 else math.inf)
             for length, cells in zip(image_size, grid)]
@@ -72,12 +72,12 @@ def _one_stride(grid: tuple[int, int], image_size: tuple[int, int]) -> bool:
 
 @TASK_UTILS.register_module()
 class MapOutputsRecorder(ModuleOutputsRecorder):
-    """MMRazor's ``ModuleOutputs`` that records tokens (N, L, C) as maps, and everything else as it is.
+    """MMRazor's ``ModuleOutputs``, but tokens (N, L, C) are recorded as maps. Other outputs are unchanged.
 
-    The first record decides how many tokens are extra ones.
+    The first record determines the number of extra tokens.
 
     Raises:
-        ValueError: from the model's forward, for tokens that form no grid.
+        ValueError: in the model's forward pass, if tokens do not form a grid.
     """
 
     def prepare_from_model(self, model: nn.Module | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What student and teacher see in one image, and what DAFA has learned, as pictures: (H, W, 3) uint8, RGB."""
+"""Pictures, (H, W, 3) uint8 RGB, of a distillation: attention, areas, predictions and DAFA's policy."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,14 +24,14 @@ from ..models.recording import PartialForward
 
 
 class MapView(NamedTuple):
-    """What is seen in one feature map of one image, whose h x w cells end where the image does."""
-    name: str  # of the layer, and the level where there are several
+    """The maps of student and teacher at one level for one image. Their h x w cells cover the image without padding."""
+    name: str  # name of the layer, and of the level if there are several
     stride: tuple[float, float]  # pixels per cell, x and y
     t_attention: np.ndarray  # (h, w), mean square over channels
     s_attention: np.ndarray
-    t_heatmap: np.ndarray | None = None  # (h, w), DAM's, in [0, 1]
+    t_heatmap: np.ndarray | None = None  # (h, w), DAM's heatmap, in [0, 1]
     s_heatmap: np.ndarray | None = None
-    boxes: np.ndarray | None = None  # (n, 4), DAM's areas, x1 y1 x2 y2 in pixels, the best first
+    boxes: np.ndarray | None = None  # (n, 4), DAM's areas, x1 y1 x2 y2 in pixels, by descending score
     scores: np.ndarray | None = None  # (n, )
     t_positive: np.ndarray | None = None  # (h, w), AMD's logits without their scale: cos(m acos Q), at most 1
     s_positive: np.ndarray | None = None
@@ -42,26 +42,26 @@ class MapView(NamedTuple):
 def check_drawable(model: nn.Module) -> None:
     """Raises ``ValueError`` unless the model distils feature maps."""
     if not isinstance(model, TeacherStudentDistill):
-        raise ValueError('DistillVisualizationHook draws what a mmkd_plugin.TeacherStudentDistill sees, but the model '
-                         f'is a {type(model).__name__}; take the hook out')
+        raise ValueError('DistillVisualizationHook: needs a model of type mmkd_plugin.TeacherStudentDistill, got '
+                         f'{type(model).__name__}. Remove the hook')
     distillers = [teacher.distiller for teacher in model.teachers.values()]
     if not any(getattr(distiller, 'layers', ()) for distiller in distillers):
-        raise ValueError('DistillVisualizationHook: there are no feature maps to draw, as '
-                         f'{", ".join(type(each).__name__ for each in distillers)} names none: give an AMDDistiller or '
-                         'SoKDDistiller layers=[...], or take the hook out')
+        raise ValueError(f'DistillVisualizationHook: {", ".join(type(each).__name__ for each in distillers)} has no '
+                         'layers, so there are no feature maps to draw. Use a FeatureDistiller, AMDDistiller or '
+                         'SoKDDistiller with layers=[...], or remove the hook')
 
 
 def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None,
          image_shape: tuple[int, int]) -> list[MapView]:
-    """Returns what is seen in each map of the distiller's layers, by forwards that go no further than these.
+    """Returns a view of each map of the distiller's layers. The networks run only as far as these layers.
 
-    The teacher is not augmented. Nothing is left behind in the model, if it is in eval mode. With several teachers,
-    the maps of each follow those of the one before.
+    The teacher's features are not augmented. The state of the model does not change if it is in eval mode. With
+    several teachers, the maps are in the order of the teachers.
 
     Args:
         model: the algorithm.
-        inputs: (1, C, H, W), as the preprocessor makes it.
-        data_samples: of the image, likewise.
+        inputs: (1, C, H, W), from the preprocessor.
+        data_samples: those of the image, from the preprocessor.
         image_shape: (h, w) of the image in the upper left of the padded ``inputs``.
     """
     return [view for teacher in model.teachers.values() if getattr(teacher.distiller, 'layers', ())
@@ -91,7 +91,7 @@ def _look(student: nn.Module, teacher: FrozenTeacher, inputs: Tensor, data_sampl
 
 def _record(network: nn.Module, recorders: RecorderManager, calls: dict[str, int], inputs: Tensor,
             data_samples: list | None) -> None:
-    """Fills the recorders that ``calls`` names, and no delivery."""
+    """Fills the recorders in ``calls``, without deliveries."""
     wanted = RecorderManager()
     wanted.recorders.update({name: recorders.get_recorder(name) for name in calls})
     forward = PartialForward(network, wanted, calls)
@@ -102,7 +102,7 @@ def _record(network: nn.Module, recorders: RecorderManager, calls: dict[str, int
 
 
 def _amd_of(distiller: nn.Module, layer: str, level: int) -> AMDLoss | None:
-    """Returns the AMD loss of a map of the student, if there is one."""
+    """Returns the AMD loss on a map of the student, or None."""
     for name, loss in distiller.distill_losses.items():
         source = distiller.loss_forward_mappings.get(name, {}).get('s_feature', {})
         if isinstance(loss, AMDLoss) and (source.get('recorder'), source.get('data_idx', 0)) == (layer, level):
@@ -133,15 +133,15 @@ def _view(name: str, s_map: Tensor, t_map: Tensor, areas: dict[str, Tensor] | No
 
 
 def path_of(item: dict) -> str | None:
-    """Returns the file that an item of a data set was read from, if it was."""
+    """Returns the file that an item of a data set was read from, or None."""
     return getattr(item.get('data_samples'), 'metainfo', {}).get('img_path')
 
 
 def rgb_image(item: dict, preprocessor: BaseDataPreprocessor) -> np.ndarray:
-    """Returns the image of an item of a data set, as it is before the preprocessor normalises and pads it.
+    """Returns the image of an item of a data set before the preprocessor normalises and pads it.
 
-    MMCV reads files as BGR. A data set that holds its images in memory (CIFAR) has no path; its are RGB unless
-    the preprocessor reverses them. What a pipeline has normalised is stretched from black to white.
+    MMCV reads files as BGR. Images of a data set in memory, such as CIFAR, have no path. They are RGB unless the
+    preprocessor reverses the channels. An image that the pipeline normalised is scaled to the range of black to white.
     """
     image = item['inputs'].cpu()
     if image.dtype != torch.uint8:
@@ -155,13 +155,13 @@ def rgb_image(item: dict, preprocessor: BaseDataPreprocessor) -> np.ndarray:
 
 
 def draw_views(image: np.ndarray, views: Sequence[MapView], title: str) -> np.ndarray:
-    """Draws views of an (H, W, 3) image, a row each."""
+    """Draws views of an (H, W, 3) image, one per row."""
     height, width = image.shape[:2]
     grey = image.mean(2)
     names = ['image'] + [f'attention of the {side}\nblue: lowest, red: highest of the map'
                          for side in ('teacher', 'student')]
     if views[0].t_heatmap is not None:
-        names[0] = "DAM's areas\nthe bolder, the higher their score"
+        names[0] = "DAM's areas\nbolder: higher score"
         names += [f"DAM's heatmap of the {side}\nblue: 0, red: 1" for side in ('teacher', 'student')]
     if views[0].t_positive is not None:
         names += [f"AMD's {sign} map of the {side}\nblue: lowest, red: highest of both" for sign in (
@@ -204,7 +204,7 @@ def _overlay(axes: Axes, grey: np.ndarray, values: np.ndarray, stride: tuple[flo
 
 
 def _draw_boxes(axes: Axes, view: MapView) -> None:
-    best = view.scores.max(initial=0)  # a diverged network has none
+    best = view.scores.max(initial=0)  # a diverged network has no areas
     for (x1, y1, x2, y2), score in zip(view.boxes, view.scores):
         share = score / best if best > 0 else 1
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime', alpha=0.4 + 0.6 * share,
@@ -214,13 +214,13 @@ def _draw_boxes(axes: Axes, view: MapView) -> None:
 
 def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement],
                      classes: dict[str, Sequence[str] | None], score: float = 0.3) -> np.ndarray:
-    """Draws what each model predicts for an (H, W, 3) image, side by side: boxes, or the five highest class scores.
+    """Draws the predictions of each model for an (H, W, 3) image: boxes, or the five highest class scores.
 
     Args:
-        image: as the models got it, but for padding and normalisation.
-        predictions: by the name of the model.
-        classes: their names, by the name of the model; None numbers them.
-        score: below it a box is left out.
+        image: the image before padding and normalisation.
+        predictions: one prediction per model, by the name of the model.
+        classes: class names by the name of the model; with None, labels are numbers.
+        score: boxes with a lower score are left out.
     """
     height, width = image.shape[:2]
     panel = 3.6, 3.6 * min(max(height / width, 0.4), 2)
@@ -231,13 +231,13 @@ def draw_predictions(image: np.ndarray, predictions: dict[str, BaseDataElement],
             _draw_scores(axes, sample.pred_score, names)
             axes.set_title(name, fontsize='small')
             continue
-        if 'pred_instances' not in sample:  # several tasks, a panoptic segmentation, a network without a head
+        if 'pred_instances' not in sample:  # several tasks, panoptic segmentation, or no head
             axes.set_title(f'{name}: no boxes and no class scores', fontsize='small')
             axes.set_axis_off()
             continue
         axes.imshow(image)
         found = sample.pred_instances[sample.pred_instances.scores > score].cpu()
-        scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)[:4]  # boxes are those of the file
+        scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)[:4]  # boxes are in pixels of the file
         for (x1, y1, x2, y2), label, value in zip(found.bboxes.numpy() * scale, found.labels.tolist(),
                                                   found.scores.tolist()):
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor='lime'))
@@ -257,18 +257,18 @@ def _draw_scores(axes: Axes, scores: Tensor, classes: Sequence[str] | None) -> N
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns pictures below each other, on white."""
+    """Returns pictures stacked vertically on white."""
     width = max(picture.shape[1] for picture in pictures)
     return np.concatenate([np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
                            for picture in pictures])
 
 
 def draw_policy(states: dict[int, dict[str, float]], frozen: int | None = None) -> np.ndarray:
-    """Draws how a policy went.
+    """Draws the course of a policy search.
 
     Args:
-        states: by iteration, what :meth:`DAFA.state` returned.
-        frozen: the iteration at which the search ended, if it has.
+        states: the results of :meth:`DAFA.state` by iteration.
+        frozen: the iteration at which the search ended, if it ended.
     """
     iterations = sorted(states)
     curves = {key: [states[i][key] for i in iterations] for key in states[iterations[0]]}
@@ -282,7 +282,7 @@ def draw_policy(states: dict[int, dict[str, float]], frozen: int | None = None) 
     if frozen is not None:
         for axes in (upper, lower):
             axes.axvline(frozen, color='black', linestyle='--', label=f'end of search: {frozen}')
-    upper.set(title='DAFA: the operations that batches get', ylabel='chance that a batch gets it',
+    upper.set(title='DAFA: operations on the batches', ylabel='probability of the operation',
               ylim=(0, 1.1 * max(map(max, chances.values()))))
     upper.yaxis.set_major_formatter(PercentFormatter(1))
     upper.legend(loc='center left', bbox_to_anchor=(1, 0.5))

@@ -465,7 +465,7 @@ def test_safetensors_are_read(tmp_path, build):
     other = build(classifier(8), 'mmpretrain', seed=1)
     load_completely(other, str(file), 'teacher_ckpt')
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
-    for change, why in ((dict(shape=[2, 4]), 'what F32 of shape'), (dict(dtype='F4'), 'dtype F4'),
+    for change, why in ((dict(shape=[2, 4]), 'do not fit F32 of shape'), (dict(dtype='F4'), 'dtype F4'),
                         (dict(data_offsets=[-24, 0]), 'whole numbers'), (dict(data_offsets=[99, 123]), 'beyond')):
         file.write_bytes(safetensors(tensors, a=change))
         with pytest.raises(ValueError, match=f'^teacher_ckpt: cannot load .*whole.safetensors.*{why}'):

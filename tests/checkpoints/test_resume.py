@@ -22,13 +22,13 @@ def test_a_run_gives_its_seed(tmp_path):
 
 
 @pytest.mark.parametrize('content, distillation, why', [
-    ({'w': torch.ones(1)}, True, 'has no state_dict, expected a checkpoint of a training.*load_from or.*student_ckpt'),
+    ({'w': torch.ones(1)}, True, 'has no state_dict, expected a training checkpoint.*load_from .*model.student_ckpt'),
     ([1], True, 'has no state_dict'),
     (dict(state_dict=RUN['state_dict']), True, 'no meta.epoch, meta.iter, message_hub'),
     (dict(RUN, meta=dict(epoch=3)), True, 'no meta.iter. To start'),
     (dict(RUN, state_dict={'w': torch.ones(1)}), True,
-     'is of a plain model, expected one of a distillation, as this config is. To start from its weights, leave'),
-    (RUN, False, 'is of a distillation, expected one of a plain model.*give the file as load_from$'),
+     'is of a plain model, expected a checkpoint of a distillation.*To start from its weights, leave'),
+    (RUN, False, 'is of a distillation, expected a checkpoint of a plain model.*load_from to the file$'),
     (dict(RUN, meta=dict(RUN['meta'], config='import os')), True, 'run the config in its meta as Python.*trust-check'),
 ])
 def test_what_is_no_run_is_a_sentence(tmp_path, content, distillation, why):

@@ -73,7 +73,7 @@ def test_it_writes_the_config_that_we_wrote(config, pair, method, tmp_path):
         ours.model.distiller.base = 'reviewkd'  # with its own width, as DAM
         ours.model.distiller.dam = dict(anchor='attention')
     assert cfg.to_dict() == ours.to_dict()
-    assert f'The step had a random teacher: {ckpt} is fetched' in report
+    assert f'The step used a teacher with random weights. {ckpt} is downloaded' in report
 
 
 def test_sokd_keeps_the_students_constructor(tmp_path):
@@ -112,10 +112,10 @@ def test_a_students_file_is_inherited_from_where_the_config_lies(tmp_path):
     student, teacher = detectors(tmp_path / 'models')
     torch.save(build_cfg_path(teacher, '').state_dict(), tmp_path / 't.pth')
     cfg, report, text = composed(student, teacher, tmp_path, 'sokd', base='at', teacher_ckpt=f'{tmp_path}/t.pth')
-    assert "_base_ = ['models/s.py']" in text and f'cfg_path={teacher!r}),  # seen from where you run' in text
+    assert "_base_ = ['models/s.py']" in text and f'cfg_path={teacher!r}),  # relative to the working' in text
     assert cfg.model.architecture == Config.fromfile(student).model
     assert cfg.model.distiller.base == 'at'
-    assert cfg.model.inherit == ['neck.fpn_convs', 'bbox_head'] and 'random teacher' not in report
+    assert cfg.model.inherit == ['neck.fpn_convs', 'bbox_head'] and 'random weights' not in report
     assert f'Next: python tools/train.py {tmp_path}/composed.py' in report
 
 
@@ -301,7 +301,7 @@ def test_a_module_of_which_half_fits_is_not_worth_a_line(tmp_path):
 def test_features_of_a_teacher_with_other_classes_alone_are_distilled(tmp_path):
     student, teacher = detectors(tmp_path, num_classes=5)
     cfg, report, text = composed(student, teacher, tmp_path)
-    said = 'The teacher has other classes (5) than the student (3): only features are distilled, and no head is'
+    said = 'The teacher has other classes (5) than the student (3). Only features are distilled, and no head is'
     assert cfg.model.inherit == ['neck.fpn_convs'] and said in report and f'# {said}' in text
     student = write(tmp_path / 's.py', classifier(8), 'mmpretrain')
     teacher = write(tmp_path / 't.py', classifier(16, num_classes=5), 'mmpretrain')
@@ -407,16 +407,16 @@ def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
     (dict(student='mmdet::retinanet/retinanet_r18_fpn_1x_cooc.py'),
      'STUDENT: no config.*retinanet_r18_fpn_1x_coco.py'),
     (dict(teacher='TMP/tt.py'), 'TEACHER: no config.*tt.py.*t.py'),
-    (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is a distillation already'),
+    (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is already a distillation'),
     (dict(student='mmpretrain::simclr/simclr_resnet50_8xb32-coslr-200e_in1k.py'),
-     'STUDENT: expected a detector.*SimCLR'),
+     'STUDENT: .*SimCLR, expected a detector'),
     (dict(student='TMP/no_training.py'), 'cannot be trained, it has no train_cfg, optim_wrapper'),
     (dict(teacher_ckpt='no/teacher.pth'), "teacher_ckpt: no file 'no/teacher.pth'"),
     (dict(teacher_ckpt='TMP/other.pth'), 'teacher_ckpt: .* does not fit RetinaNet'),
     (dict(out='TMP/s.py'), r'out: .*s.py. exists.*--overwrite'),
-    (dict(out='TMP/no/o.py'), 'out: expected a .py file in a directory that is there'),
+    (dict(out='TMP/no/o.py'), 'out: expected a .py file in an existing directory'),
     (dict(out='TMP/o.txt'), 'out: expected a .py file'),
-    (dict(base='fitnet'), "base: method amd takes none, got 'fitnet'"),
+    (dict(base='fitnet'), "base: method amd has no base, got 'fitnet'"),
     (dict(layers=['nekc']), "layers.*no 'nekc'.*neck"),
     (dict(layers=['a=b=c']), 'layers: expected a list of names, or of pairs'),
     (dict(layers=['bbox_head']), 'did not run bbox_head'),

@@ -52,7 +52,7 @@ def test_each_missing_thing_is_one_sentence_with_its_option(tmp_path, change, op
     cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')
     change(cfg)
     sentence, = missing_inputs(cfg)
-    assert sentence.startswith(f'{option} is not there: looked for ')
+    assert sentence.startswith(f'{option} not found: looked for ')
     assert sentence.endswith(f'supply it with --cfg-options {option}=PATH')
 
 

@@ -44,7 +44,7 @@ def test_each_time_other_negatives(imagenet):
 
 @pytest.mark.parametrize('fields, message', [
     (dict(neg_num=0), 'CRDDataset.neg_num must be a whole number >= 1, got 0'),
-    (dict(indices=1), 'images of two classes at least, got 1 of class 0'),
+    (dict(indices=1), 'images of at least two classes, got 1 of class 0'),
 ])
 def test_mistakes(imagenet, fields, message):
     dataset = dict(imagenet, **{key: value for key, value in fields.items() if key == 'indices'})

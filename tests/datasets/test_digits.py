@@ -141,7 +141,7 @@ def test_other_data_are_never_overwritten(made, tmp_path):
     foreign = tmp_path / 'foreign'
     foreign.mkdir()
     (foreign / 'thesis.txt').write_text('years of work')
-    with pytest.raises(FileExistsError, match='was not made by make_digits'):
+    with pytest.raises(FileExistsError, match='was not created by make_digits'):
         make_digits(foreign, **SMALL)
     assert contents(foreign) == {'thesis.txt': b'years of work'}
 
@@ -171,8 +171,8 @@ def test_the_tool(monkeypatch, capsys, tmp_path):
         runpy.run_path(str(ROOT / 'tools/dataset_converters/make_digits.py'), run_name='__main__')
         return capsys.readouterr().out
 
-    assert 'made' in run()
-    assert 'there already' in run()
+    assert 'created' in run()
+    assert 'exists already' in run()
     with pytest.raises(SystemExit, match='seed 0 instead of 3'):
         run('--seed', '3')
 

@@ -82,7 +82,7 @@ def test_what_loses_more_is_refused_with_the_layers_that_cost_most(graph, tmp_pa
         tried.append(len(in_eight_bits(onnx.load(runtime.session._model_path))))
         return {'accuracy/top1': 68.5}
     with pytest.raises(ValueError, match='--int8: accuracy/top1 falls from 70.00 to 68.50, even with 8 of 21 layers '
-                       rf'in float, and --max-drop allows 1 points; nothing is written.*cost most: {SENSITIVE} \('):
+                       rf'in float. --max-drop allows 1 points. No file was written.*most costly.*: {SENSITIVE} \('):
         quantize(str(graph), str(tmp_path / 'a.onnx'), BATCHES, evaluate, FULL)
     assert tried == [21, 20, 19, 17, 13] and not [*tmp_path.iterdir()]
     (tmp_path / 'a.onnx').write_text('mine')
@@ -121,7 +121,7 @@ def test_a_detector_keeps_its_decoding_and_nms_in_float(build, tmp_path, model):
 def test_the_figure_that_decides():
     assert headline({'coco/bbox_mAP_50': 0.6, 'coco/bbox_mAP': 0.4}) == ('coco/bbox_mAP', pytest.approx(40))
     assert headline({'accuracy/top1': 70., 'accuracy/top5': 90.}) == ('accuracy/top1', 70.)
-    with pytest.raises(ValueError, match='test_evaluator: none of its metrics, a/recall, can be compared'):
+    with pytest.raises(ValueError, match='test_evaluator: got the metrics a/recall, expected one'):
         headline({'a/recall': 1.})
 
 
@@ -145,7 +145,7 @@ def test_calibration_takes_training_images_by_the_pipeline_of_the_test(digits):
 
 def test_bad_calibration_images_are_said(digits):
     root, cfg = digits
-    with pytest.raises(ValueError, match='--calibrate: at least one image is needed, got 0'):
+    with pytest.raises(ValueError, match='--calibrate: expected at least one image, got 0'):
         calibration_batches(cfg, 0)
     torn = next((root / 'train').iterdir())
     torn.write_bytes(torn.read_bytes()[:20])
@@ -157,7 +157,7 @@ def test_bad_calibration_images_are_said(digits):
     with pytest.raises(ValueError, match='--calibrate: train_dataloader.dataset has no images'):
         calibration_batches(cfg, 4)
     annotations.unlink()
-    with pytest.raises(ValueError, match='--calibrate: train_dataloader.dataset.ann_file is not there'):
+    with pytest.raises(ValueError, match='--calibrate: train_dataloader.dataset.ann_file not found'):
         calibration_batches(cfg, 4)
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr('os.fsync', full)
-    message = r"--onnx: cannot write '.*a': No space left on device. Nothing of it is left"
+    message = r"--onnx: cannot write '.*a': No space left on device. No file was written"
     with pytest.raises(ValueError, match=message), finished('--onnx', tmp_path / 'a', overwrite=True) as unfinished:
         unfinished.write_text('new')
     assert [path.name for path in tmp_path.iterdir()] == ['a'] and (tmp_path / 'a').read_text() == 'old'

@@ -24,7 +24,7 @@ def test_the_threshold_of_the_largest_f1_by_hand():
     # a threshold cannot part equal scores: with .6 comes a wrong one, 6/9, and .8 has 4/6
     assert best_threshold(np.append(scores, .6), np.append(hits, False), 4) == (.8, pytest.approx(2 / 3))
     for nothing in (np.zeros(0), np.array([.3])):
-        with pytest.raises(ValueError, match='^--score-thr: auto finds nothing right'):
+        with pytest.raises(ValueError, match='^--score-thr: auto found no correct prediction'):
             best_threshold(nothing, nothing > 1, 4)
 
 
@@ -144,7 +144,7 @@ def test_what_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / 'empty').mkdir()
     for arguments, message in (
             (['-o', tmp_path / 'there.json'], "--out: .*there.json' exists"),
-            (['-o', tmp_path / 'new.json'], 'IMAGES: no image, got the folder'),
+            (['-o', tmp_path / 'new.json'], 'IMAGES: no images in the folder'),
             (['-o', tmp_path / 'new.json', '--score-thr', '2'], '2')):
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, capsys, 'config.py', 'teacher.pth', tmp_path / 'empty', *arguments)

@@ -238,14 +238,14 @@ def test_the_page_opens_in_a_browser(reported, tmp_path):
     shown = subprocess.run([browser, *flags, '--dump-dom', f'file://{reported[0]}/student.html'], text=True,
                            timeout=300, capture_output=True).stdout
     assert shown.count('<figcaption>') == 24 and '<td>ONNX, 8 bits</td>' in shown
-    assert len(re.findall(r'<tr>', shown)) >= 6 and 'What they find' in shown
+    assert len(re.findall(r'<tr>', shown)) >= 6 and 'Predictions' in shown
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--int8'], '--int8: it is made from the ONNX. Add --onnx'),
+    (['--int8'], '--int8: needs the ONNX file. Add --onnx'),
     (['--onnx', '--onnx-raw', '--int8'], '--int8: raw outputs cannot be evaluated'),
     (['--report'], "--report: '.*student.html' exists"),
-    (['--onnx', '--int8', '--calibrate', '0'], '--calibrate: at least one image'),
+    (['--onnx', '--int8', '--calibrate', '0'], '--calibrate: expected at least one image'),
 ])
 def test_what_would_stop_it_is_said_before_anything_is_written(options, message, tmp_path, export, data):  # noqa: F811
     (tmp_path / 'student.html').write_text('mine')
@@ -289,10 +289,10 @@ def small_disk():
 
 def test_a_disk_that_fills_up_in_mid_export_leaves_nothing_behind(averaged, build, tmp_path, small_disk):
     cfg, _, work_dir = averaged
-    with pytest.raises(ValueError, match=r"out: cannot write '.*student.pth': File too large. Nothing of it is left"):
+    with pytest.raises(ValueError, match=r"out: cannot write '.*student.pth': File too large. No file was written"):
         export_student(cfg, str(work_dir / 'epoch_3.pth'), str(tmp_path / 'student.pth'))
     model = build(classifier(8), 'mmpretrain').eval()
-    with pytest.raises(ValueError, match=r"--onnx: cannot write '.*a.onnx': File too large. Nothing of it is left"):
+    with pytest.raises(ValueError, match=r"--onnx: cannot write '.*a.onnx': File too large. No file was written"):
         export_onnx(model, classification_batch(32), str(tmp_path / 'a.onnx'))
     assert not [*tmp_path.iterdir()]
 
@@ -351,7 +351,7 @@ def test_a_file_that_puts_out_something_else_is_not_written(tmp_path, monkeypatc
     export_student(cfg, str(tmp_path / 'a.pth'), str(tmp_path / 'good.pth'))
     # a config that says of itself something else than what was built: another normalisation
     monkeypatch.setattr('mmkd_plugin.deploy.student.plain_config', _with_other_mean(plain_config))
-    with pytest.raises(ValueError, match='puts out something else .*Nothing is written'):
+    with pytest.raises(ValueError, match='outputs of the exported student differ .*No file was written'):
         export_student(cfg, str(tmp_path / 'a.pth'), str(tmp_path / 'bad.pth'))
     assert {path.name for path in tmp_path.iterdir()} == {'a.pth', 'good.pth'}
 

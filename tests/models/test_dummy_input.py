@@ -66,7 +66,7 @@ def test_networks_of_fixed_input_are_tried_at_theirs(build, monkeypatch):
     monkeypatch.setattr('mmkd_plugin.models.dummy_input.print_log', lambda text, **_: messages.append(text))
     free, fixed = build(classifier(), 'mmpretrain'), build(mixer(96), 'mmpretrain')
     assert sizes(free, fixed) == ((96, 96), ) * 2
-    assert '224 x 224, but do on one of 96 x 96' in messages.pop()
+    assert '224 x 224, but they do on one of 96 x 96' in messages.pop()
     assert sizes(fixed, free) == ((96, 96), ) * 2
     messages.clear()
     assert sizes(free, fixed, input_size=(96, 96)) == ((96, 96), ) * 2

@@ -83,9 +83,9 @@ def test_the_loss_and_its_gradients_are_those_of_copies(build):
 
 def test_a_record_that_the_model_adds_to_is_said(build, warnings):
     build(distill(classifier(), outputs('backbone.layer1.0.bn2')), 'mmpretrain')
-    assert warnings == ['ImageClassifier seems to write over what is recorded of backbone.layer1.0.bn2 later, by an '
-                        'operation such as +=; then the loss reads something else: record the layer that ends with it.'
-                        ] * 2
+    assert warnings == ['ImageClassifier seems to overwrite the recorded output of backbone.layer1.0.bn2 with an '
+                        'in-place operation such as +=. The loss would read the changed values. Record the layer that '
+                        'ends with this operation.'] * 2
 
 
 def test_dropout_does_not_write_in_place(build):

@@ -64,7 +64,7 @@ def test_bccd_is_the_same_each_time_and_overwrites_nothing(converter, monkeypatc
 @pytest.mark.parametrize('harm, message', [
     (lambda root: (root / 'ImageSets/Main/val.txt').unlink(), 'val.txt'),
     (lambda root: (root / 'JPEGImages/BloodImage_00004.jpg').write_text(''), 'BloodImage_00004.jpg is missing or no'),
-    (lambda root: (root / 'Annotations/BloodImage_00004.xml').write_text('<anno'), 'BloodImage_00004.xml is no XML'),
+    (lambda root: (root / 'Annotations/BloodImage_00004.xml').write_text('<anno'), '00004.xml is not valid XML'),
     (lambda root: (root / 'Annotations/BloodImage_00004.xml').write_text(
         '<a><object><name>RBG</name></object></a>'), "unknown class 'RBG', expected one of RBC"),
 ])
@@ -102,9 +102,9 @@ def test_incomplete_cifar10_is_named(converter, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match='images/test has no images of dog'):
         call(cifar10, monkeypatch, source, '--out', tmp_path / 'a')
     (source / 'test/dog/0.jpg').write_text('')
-    with pytest.raises(SystemExit, match='train and test have other classes'):
+    with pytest.raises(SystemExit, match='train and test differ in their classes'):
         call(cifar10, monkeypatch, source, '--out', tmp_path / 'a')
-    with pytest.raises(SystemExit, match='nowhere/train is not there'):
+    with pytest.raises(SystemExit, match='nowhere/train not found'):
         call(cifar10, monkeypatch, tmp_path / 'nowhere', '--out', tmp_path / 'a')
     assert not (tmp_path / 'a').exists()
 
@@ -138,6 +138,6 @@ def test_a_converted_mobilenet_computes_the_same(converter, monkeypatch, tmp_pat
 def test_other_weights_are_no_mobilenet(converter, monkeypatch, tmp_path):
     tool = converter('model_converters/mobilenet_v2')
     torch.save({'layer1.0.conv1.weight': torch.zeros(1)}, tmp_path / 'resnet.pth')
-    with pytest.raises(SystemExit, match="'layer1.0.conv1.weight' is no name of torchvision's MobileNetV2"):
+    with pytest.raises(SystemExit, match="'layer1.0.conv1.weight' is not a name in torchvision's MobileNetV2"):
         call(tool, monkeypatch, tmp_path / 'resnet.pth', '--out', tmp_path / 'out.pth')
     assert not (tmp_path / 'out.pth').exists()

@@ -216,7 +216,7 @@ def miniature(tool, data, monkeypatch, tmp_path):
 def test_a_miniature_from_tuning_to_report(miniature, tool, capsys, tmp_path):
     benchmark, report = tool('gain'), tool('report_gain')
     results, tuning = tmp_path / 'results/miniature.jsonl', tmp_path / 'results/miniature_tuning.jsonl'
-    with pytest.raises(ValueError, match='--data: nowhere/bccd is not there. Run `python tools/.*/bccd.py'):
+    with pytest.raises(ValueError, match='--data: nowhere/bccd not found. Run `python tools/.*/bccd.py'):
         miniature(data=Path('nowhere'))
     with pytest.raises(ValueError, match="--experiments: no experiment 'sokd_pk'.*sokd_pkd"):
         miniature(experiments=['sokd_pk'])

@@ -107,9 +107,9 @@ def test_what_is_missing_is_named(config, tmp_path):
     cfg.model.update(teacher_ckpt=None, allow_random_teacher=True, teacher=dict(
         one=dict(type='X', init_cfg=dict(checkpoint='no.pth')), other=dict(type='X')))
     missing = [sentence for sentence in missing_inputs(cfg) if 'model.teacher' in sentence]
-    assert len(missing) == 1 and missing[0].startswith('model.teacher.one.init_cfg.checkpoint is not there')
+    assert len(missing) == 1 and missing[0].startswith('model.teacher.one.init_cfg.checkpoint not found')
 
 
 def test_one_of_several_labels(config):
-    with pytest.raises(ValueError, match='^CONFIG: one teacher labels.*several: wrn28, wrn16'):
+    with pytest.raises(ValueError, match='^CONFIG: expected a single teacher.*several: wrn28, wrn16'):
         build_teacher(Config.fromfile(config[0]), 'any.pth')

@@ -41,7 +41,7 @@ def test_a_sheet_of_the_demos_student(tool, data, teacher, tmp_path):  # noqa: F
     sheets = [cv2.imread(str(tmp_path / 'out' / image.name)) for image in images]
     assert all(sheet.shape[1] > 1500 and sheet.shape[0] > 1500 for sheet in sheets)
     assert sheets[0].shape != sheets[1].shape or (sheets[0] != sheets[1]).any()
-    with pytest.raises(SystemExit, match='images: .*none.png.* is not there, or no image'):
+    with pytest.raises(SystemExit, match='images: .*none.png.* not found, or not an image'):
         tool('visualize.py', config, tmp_path / 'student.pth', 'none.png', '--cfg-options',
              f'model.teacher_ckpt={teacher}')
 
@@ -136,7 +136,7 @@ def test_resumed_runs_are_joined(tool, tmp_path):
     assert said.endswith('log.png: loss, coco/bbox_mAP\n')
     picture = cv2.imread(str(tmp_path / 'log.png'))[..., ::-1].astype(int)
     assert all((np.abs(picture - colour).sum(2) < 30).sum() > 100 for colour in ([31, 119, 180], [255, 127, 14]))
-    with pytest.raises(SystemExit, match='nothing logged is named los;.* loss'):
+    with pytest.raises(SystemExit, match='no logged value is named los;.* loss'):
         tool('plot_log.py', tmp_path / 'a', '--keys', 'los')
-    with pytest.raises(SystemExit, match='no log of MMEngine there'):
+    with pytest.raises(SystemExit, match='no log of MMEngine found'):
         tool('plot_log.py', tmp_path / 'c')

@@ -1,4 +1,4 @@
-"""Prints AMD's value and gradient against map size, in the paper's form and the scale-free one, as Markdown.
+"""Prints the value and gradient of AMD against the map size, in the paper's and the scale-free form, as Markdown.
 
 Inputs are ReLU of Gaussian noise, N = 2, C = 64, float64, seed 0.
 """
@@ -16,7 +16,7 @@ SIZES = [(4, 4), (8, 8), (16, 16), (28, 28), (56, 56), (100, 168)]
 
 
 def measure(loss: AMDLoss, size: tuple[int, int]) -> tuple[float, torch.Tensor, float]:
-    """Returns the value, the gradient in F_S, and the norm of F_S."""
+    """Returns the value, the gradient with respect to F_S, and the norm of F_S."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, 64, *size, generator=generator, dtype=torch.float64).relu() for _ in range(2))
     value = loss(student.requires_grad_(), teacher)
@@ -44,7 +44,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--plot', type=Path, help='picture of both against the size')
+    parser.add_argument('--plot', type=Path, help='file for a plot of both against the map size')
     args = parser.parse_args()
     print('| map | paper: value | paper: gradient norm | scale-free: value | scale-free: gradient norm x feature norm '
           '| cosine of the scale-free gradients for m = 1.35 and m = 1 |')

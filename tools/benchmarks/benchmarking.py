@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the interval of a median and peak memory."""
+"""Interleaved timing, intervals of medians, and peak memory for the benchmarks."""
 import json
 import math
 import os
@@ -11,31 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler reports its stages otherwise; read when torch loads
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # keeps the profiler quiet; torch reads it at import
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-WARMUP = 2  # rounds that count for nothing
+WARMUP = 2  # rounds that do not count
 
 PEAK_MEMORY = (
-    'Peak memory is the most that the variant\'s tensors hold at once within a call, counted by the allocator, not by '
-    'the operating system: on a CPU from the allocations and releases that torch\'s profiler records, on CUDA from '
-    'max_memory_allocated. What a library allocates by itself, as oneDNN may, does not count.')
+    'Peak memory is the largest total size of the variant\'s tensors within a call. It comes from the allocator: on a '
+    'CPU from the allocations and releases in torch\'s profiler, on CUDA from max_memory_allocated. Memory that a '
+    'library such as oneDNN allocates itself does not count.')
 
 
 CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
-CLOCK = ('what to count: wall, the time that passes, or cpu, the time on cores of all threads together, which other '
-         'programs hardly lengthen; with one thread (OMP_NUM_THREADS=1) on an idle machine both are the same; '
-         'default %(default)s')
+CLOCK = ('clock: wall is elapsed time; cpu is the CPU time of all threads, which other programs hardly affect. With '
+         'one thread (OMP_NUM_THREADS=1) on an idle machine, both are the same; default %(default)s')
 
 
 def interleave(calls: dict[str, Callable[[], object]], rounds: int, device: str = 'cpu', clock: str = 'wall',
                progress: bool = True) -> dict[str, list[float]]:
-    """Returns the seconds, by the clock, of each call in each round.
+    """Returns the seconds of each call in each round.
 
-    In a round every call runs once, in an order of its own, so that what slows the machine down for a while slows
-    all of them: only ratios within a round are to be trusted.
+    In a round, every call runs once, in random order. A temporary slowdown of the machine then affects all calls.
+    Compare only ratios within a round.
     """
     now = CLOCKS[clock]
     rng, names, began = random.Random(0), list(calls), time.perf_counter()
@@ -56,12 +55,12 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int, device: str 
 
 
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Returns the median and the interval between two order statistics that covers the true one.
+    """Returns the median and an interval, between two order statistics, that covers the true median.
 
-    It assumes nothing of the distribution. Fewer than 6 values cannot give 95%: theirs is from the least to the most.
+    The interval assumes no distribution. Fewer than 6 values cannot give 95%; their interval is the whole range.
     """
     values, n = sorted(values), len(values)
-    outside = 0.0  # the chance that the true median lies below the value of this rank
+    outside = 0.0  # probability that the true median is below the value of this rank
     rank = 0
     for k in range(n // 2):
         outside += math.comb(n, k) / 2**n
@@ -72,13 +71,13 @@ def median_interval(values: list[float], confidence: float = 0.95) -> tuple[floa
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    """Returns median and 95% interval of the ratios within rounds."""
+    """Returns the median and the 95% interval of the ratios within rounds."""
     median, low, high = median_interval([a / b for a, b in zip(above, below, strict=True)])
     return dict(ratio=median, low=low, high=high)
 
 
 def peak_memory(call: Callable[[], object], device: str = 'cpu') -> int:
-    """Returns the most bytes that ``call`` holds at once beyond what is held before; see :data:`PEAK_MEMORY`."""
+    """Returns the peak memory of ``call`` in bytes, beyond the memory in use before; see :data:`PEAK_MEMORY`."""
     if torch.device(device).type == 'cuda':
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -100,7 +99,7 @@ def peak_memory(call: Callable[[], object], device: str = 'cpu') -> int:
 
 
 def command() -> str:
-    """Returns how this program was called."""
+    """Returns the command line of this program."""
     threads = os.environ.get('OMP_NUM_THREADS')
     return ' '.join([*([f'OMP_NUM_THREADS={threads}'] if threads else []), 'python', shlex.join(sys.argv)])
 

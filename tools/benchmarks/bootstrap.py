@@ -1,8 +1,8 @@
-"""What a test metric would be on other test images: AP and accuracy on images drawn with replacement.
+"""Bootstrap of AP and accuracy over test images.
 
 The draws are the same for every run on the same test set, so that runs can be compared draw by draw.
 
-Letters: B draws, I images, T thresholds of overlap, D detections of a class.
+Letters: B draws, I images, T IoU thresholds, D detections of a class.
 """
 import contextlib
 import io
@@ -19,7 +19,7 @@ SEED = 0
 
 
 def draw(images: int, draws: int = DRAWS) -> np.ndarray:
-    """Returns how often each image is in each draw, (B, I); every draw has I images."""
+    """Returns the count of each image in each draw, (B, I). Every draw has I images."""
     rng = np.random.default_rng(SEED)
     return rng.multinomial(images, np.full(images, 1 / images), size=draws)
 
@@ -28,15 +28,15 @@ def resampled_ap(annotations: str | Path, detections: str | Path, counts: np.nda
     """Returns COCO's AP, in [0, 1], of a file of detections on each draw of the images, (B,).
 
     Args:
-        annotations: in COCO format.
-        detections: as MMDetection's ``CocoMetric`` writes them.
-        counts: how often each image is in each draw, (B, I), in the order of the images' ids.
+        annotations: file in COCO format.
+        detections: file of MMDetection's ``CocoMetric``.
+        counts: count of each image in each draw, (B, I), in the order of the image ids.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO(str(annotations))
         counts = draw(len(truth.imgs)) if counts is None else counts
         found = json.loads(Path(detections).read_text())
-        if not found:  # which pycocotools does not read
+        if not found:  # pycocotools does not read an empty list
             return np.zeros(len(counts))
         evaluation = COCOeval(truth, truth.loadRes(found), 'bbox')
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ['all']
@@ -49,7 +49,7 @@ def resampled_ap(annotations: str | Path, detections: str | Path, counts: np.nda
 
 
 def _class_ap(results: list[dict], place: dict[int, int], counts: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """AP of one class on each draw, (B,); NaN where a draw has no object of it."""
+    """Returns the AP of one class on each draw, (B,); NaN if a draw has no object of the class."""
     ap = np.full(len(counts), np.nan)
     objects = np.zeros(counts.shape[1])
     for one in results:
@@ -70,13 +70,13 @@ def _class_ap(results: list[dict], place: dict[int, int], counts: np.ndarray, re
         true = np.cumsum(hits * times, axis=1)
         positive = true + np.cumsum(misses * times, axis=1)
         precision = np.maximum.accumulate((true / np.maximum(positive, 1))[:, ::-1], axis=1)[:, ::-1]
-        precision = np.pad(precision, ((0, 0), (0, 1)))  # a recall that is not reached has precision 0
+        precision = np.pad(precision, ((0, 0), (0, 1)))  # precision is 0 at a recall that is not reached
         ap[i] = np.mean([row[np.searchsorted(reached, recalls)] for row, reached in zip(precision, true / total)])
     return ap
 
 
 def resampled_accuracy(predictions: str | Path, counts: np.ndarray | None = None) -> np.ndarray:
-    """Returns top-1 accuracy, in percent, of a file that ``DumpResults`` wrote, on each draw of the images, (B,)."""
+    """Returns the top-1 accuracy, in percent, of a file of ``DumpResults`` on each draw of the images, (B,)."""
     with open(predictions, 'rb') as file:
         samples = pickle.load(file)
     correct = np.array([int(sample['pred_label']) == int(sample['gt_label']) for sample in samples])

@@ -1,14 +1,14 @@
-"""Does distillation help: trains the experiments of gain_tasks.py, seed after seed, each run in a process of its own.
+"""Benchmark of accuracy: trains the experiments of gain_tasks.py with several seeds, each run in its own process.
 
-The processes are forked from one that has imported the libraries, which takes longer than a short training.
+The processes are forked from one that has imported the libraries, because importing takes longer than a short training.
 
-Every run that ends is a line in docs/results/TASK.jsonl. A run whose line is there already, with the same config, is
-not repeated, so that the same command continues an interrupted benchmark. With --tune: the candidates for each
-experiment's weights, on the tuning split and with a seed of their own, into TASK_tuning.jsonl. The reported runs take
-the best from there. An experiment that has not been tuned runs with the first of its weights, and the report says so.
+Every completed run is a line in docs/results/TASK.jsonl. A run that already has a line with the same config is not
+repeated, so the same command continues an interrupted benchmark. With --tune, the candidates for each experiment's
+weights run on the tuning split, with their own seed, into TASK_tuning.jsonl. The reported runs use the best candidates.
+An experiment that has not been tuned runs with the first of its weights, and the report marks it.
 tools/benchmarks/report_gain.py writes the results into docs/results.md.
 
-The data are made before, by tools/dataset_converters/bccd.py and cifar10.py.
+Create the data first, with tools/dataset_converters/bccd.py and cifar10.py.
 """
 import argparse
 import fcntl
@@ -46,15 +46,15 @@ PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload([
     'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.visualization', 'mmpretrain.models',
     'mmpretrain.datasets', 'mmpretrain.evaluation', 'mmpretrain.visualization', 'mmkd_plugin.models'])
-POLICY = 'policy/'  # how FreezePolicyHook's scalars begin
-DIVERGED = 3  # exit status of a training whose loss became infinite or no number
+POLICY = 'policy/'  # prefix of FreezePolicyHook's scalars
+DIVERGED = 3  # exit status of a training whose loss became NaN or infinite
 UNDECIDING = {'filename', 'data_command', 'randomness', 'default_hooks',
               'visualizer', 'vis_backends', 'log_level', 'log_processor'}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the config's fingerprint covers all but the seed."""
+    """One training. The fingerprint of the config covers everything except the seed."""
     experiment: str
     seed: int
     weights: Weights
@@ -72,8 +72,8 @@ class Run:
 
 def main() -> None:
     args = parse_args()
-    os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that train
-    torch.set_num_threads(1)  # as the results are to say
+    os.environ['OMP_NUM_THREADS'] = '1'  # for the training processes
+    torch.set_num_threads(1)  # recorded in the results
     _surroundings()
     failed = 0
     for name in args.task:
@@ -82,28 +82,29 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f'{name}: {error}')
     if failed:
-        sys.exit(f'{failed} runs failed; the same command tries them again')
+        sys.exit(f'{failed} runs failed. Run the same command to try them again')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--task', nargs='+', choices=TASKS, help='what to run', default=[*TASKS])
+    parser.add_argument('--task', nargs='+', choices=TASKS, help='tasks to run', default=[*TASKS])
     parser.add_argument('--experiments', nargs='+', default=None, help='only these experiments')
     parser.add_argument('--seeds', type=int, nargs='+', default=None,
-                        help='only these seeds, of those that the experiments have')
-    parser.add_argument('--tune', action='store_true', help='try the weights instead of reporting the best')
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
-    parser.add_argument('--data', type=Path, default=Path('data'), help='the folder that holds the data sets\' folders')
-    parser.add_argument('--results', type=Path, default=RESULTS, help='where the results are')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/gain'), help='teachers, and logs of failures')
+                        help='only these of the seeds of the experiments')
+    parser.add_argument('--tune', action='store_true', help='tune the weights instead of running the reported seeds')
+    parser.add_argument('--jobs', type=int, default=2, help='number of parallel runs, with one thread each')
+    parser.add_argument('--data', type=Path, default=Path('data'), help='folder that contains the data sets')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/gain'),
+                        help='folder for teachers and logs of failed runs')
     return parser.parse_args()
 
 
 def run_task(name: str, args: argparse.Namespace) -> int:
-    """Runs what is missing of a task; returns how many runs failed.
+    """Runs the missing runs of a task; returns how many failed.
 
     Raises:
-        ValueError: an experiment's name or the data are missing, or a tuning is not complete.
+        ValueError: an experiment is unknown, data are missing, or a tuning is not complete.
     """
     task, tuned = TASKS[name], args.results / f'{name}_tuning.jsonl'
     names = args.experiments or task.experiments
@@ -112,11 +113,11 @@ def run_task(name: str, args: argparse.Namespace) -> int:
         raise ValueError(f'--experiments: no experiment {min(unknown)!r}; {closest(min(unknown), task.experiments)}')
     for needed, command in task.data.items():
         if not (args.data / needed).exists():
-            raise ValueError(f'--data: {args.data / needed} is not there. Run `{command} --out {args.data / needed}`')
+            raise ValueError(f'--data: {args.data / needed} not found. Run `{command} --out {args.data / needed}`')
     folder, place = args.work_dir / name, args.work_dir / 'teachers' / task.teacher
     folder.mkdir(parents=True, exist_ok=True)
     with results_file(args.results / f'{name}.jsonl') as results:
-        for left in folder.glob('*/'):  # by a benchmark that was killed
+        for left in folder.glob('*/'):  # left by a killed benchmark
             shutil.rmtree(left)
         train_teacher(task, place, args.data, results)
         teacher = Path(find_latest_checkpoint(place))
@@ -133,7 +134,7 @@ def teacher_run(task: Task) -> Run:
 
 
 def tuning_runs(task: Task, names: Collection[str]) -> Iterator[Run]:
-    """Yields the candidates of those of these experiments that have weights of their own."""
+    """Yields the candidate runs of the experiments that have their own weights."""
     for seed in TUNING_SEEDS:
         for name in names:
             yield from _candidates(task, name, seed)
@@ -145,7 +146,7 @@ def _candidates(task: Task, name: str, seed: int) -> Iterator[Run]:
 
 
 def reported_runs(task: Task, tuning: list[dict], names: Collection[str]) -> Iterator[Run]:
-    """Yields the reported runs of these experiments, all of one seed before the next.
+    """Yields the reported runs of these experiments, one seed after the other.
 
     Raises:
         ValueError: the tuning of an experiment is not complete.
@@ -160,20 +161,20 @@ def reported_runs(task: Task, tuning: list[dict], names: Collection[str]) -> Ite
 
 
 def is_tuned(task: Task, name: str, tuning: list[dict]) -> bool:
-    """Returns whether an experiment's weights, or those that it takes, were chosen by tuning."""
+    """Whether the weights of an experiment were chosen by tuning, its own or those of another experiment."""
     name = task.experiments[name].weights_of or name
     prints = {run.fingerprint for run in _candidates(task, name, TUNING_SEEDS[0])}
     return any((line['experiment'], line['fingerprint']) in {(name, found) for found in prints} for line in tuning)
 
 
 def best_weights(task: Task, name: str, tuning: list[dict]) -> Weights:
-    """Returns the weights with the best mean over the tuning seeds, of those that never diverged; the first of equals.
+    """Returns the weights with the best mean over the tuning seeds that never diverged; the first if there is a tie.
 
-    Those are the other experiment's for one that takes another's, none for one without, and the first to try for one
-    that has not been tuned at all.
+    An experiment with ``weights_of`` gets the weights of that experiment. One without weights gets none. One that has
+    not been tuned gets its first weights.
 
     Raises:
-        ValueError: the tuning is not complete, or it diverged with all weights.
+        ValueError: the tuning is not complete, or training diverged with all weights.
     """
     experiment = task.experiments[name]
     if experiment.weights_of:
@@ -188,7 +189,7 @@ def best_weights(task: Task, name: str, tuning: list[dict]) -> Weights:
                  if (line['experiment'], line['fingerprint']) == (name, run.fingerprint)}
         missing = set(TUNING_SEEDS) - set(found)
         if missing:
-            raise ValueError(f'{name}: weights {run.weights} are not tuned with seed {min(missing)} yet; run '
+            raise ValueError(f'{name}: weights {run.weights} are not tuned with seed {min(missing)} yet. Run '
                              'tools/benchmarks/gain.py --tune first')
         if None not in found.values():
             means[run.weights] = statistics.fmean(found.values())
@@ -221,9 +222,9 @@ def _deciding(cfg: Config) -> dict:
 
 
 def fingerprint(cfg: Config) -> str:
-    """Returns a hash of the config and the teacher's, without seed, logs and places of files.
+    """Returns a hash of the config and the teacher's config, without seed, logs and paths.
 
-    It covers no code: after a change of code that changes results, delete their lines.
+    It does not cover code. If a change of code changes results, delete their lines.
     """
     deciding = _deciding(cfg)
     model = deciding['model']
@@ -234,23 +235,23 @@ def fingerprint(cfg: Config) -> str:
 
 
 def train_teacher(task: Task, place: Path, data: Path, results: 'Results') -> None:
-    """Trains the task's teacher in ``place`` unless it is there, and sees to its line in the results."""
+    """Trains the task's teacher in ``place`` if it does not exist, and adds its line to the results."""
     run, mark = teacher_run(task), place / 'line.json'
     line = json.loads(mark.read_text()) if mark.exists() else {}
     if line.get('fingerprint') != run.fingerprint:
         print(f'{task.title}: training the teacher', flush=True)
         shutil.rmtree(place, ignore_errors=True)
         line = train(task, run, place, data, None)
-        mark.write_text(json.dumps(line))  # last: what is marked is complete
+        mark.write_text(json.dumps(line))  # written last, so that a marked teacher is complete
     if run.key not in results.keys:
         results.append(line)
 
 
 def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path, results: 'Results',
             args: argparse.Namespace, tuning: bool) -> int:
-    """Runs what the results lack, ``args.jobs`` at a time; returns how many failed.
+    """Runs the runs that are not in the results, ``args.jobs`` at a time; returns how many failed.
 
-    In tuning, a training that diverges is no failure, but the result of weights that are not to be taken.
+    In tuning, a diverged training is not a failure. It is a result that excludes these weights.
     """
     todo = [run for run in runs if run.key not in results.keys]
     print(f'{name}: {len(runs) - len(todo)} of {len(runs)} runs are in {results.path}', flush=True)
@@ -268,7 +269,7 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
                 diverged = isinstance(error, FloatingPointError)
                 log.write_text(str(error))
                 outcome = f'{"diverged" if diverged else "failed"}, see {log}'
-                line = _line(run, metric=None) if diverged and tuning else None  # weights that are not to be taken
+                line = _line(run, metric=None) if diverged and tuning else None  # excludes these weights
         with lock:
             done += 1
             if line is None:
@@ -290,11 +291,11 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
 
 
 def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -> dict:
-    """Trains in ``place`` and returns the run's line of the results.
+    """Trains in ``place`` and returns the run's line for the results.
 
     Raises:
-        FloatingPointError: its loss became infinite or no number; the message is its log.
-        RuntimeError: it failed otherwise; the same.
+        FloatingPointError: the loss became NaN or infinite. The message is the log.
+        RuntimeError: training failed otherwise. The message is the log.
     """
     cfg = Config(_with_data(run.config.to_dict(), data.resolve()), format_python_code=False)  # formatting takes seconds
     cfg.work_dir = str(place)
@@ -316,7 +317,7 @@ def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
     measured = [line for line in scalars if task.metric in line]
-    last = measured[-1] if measured else {task.metric: 0.0}  # CocoMetric has no AP where nothing is detected
+    last = measured[-1] if measured else {task.metric: 0.0}  # CocoMetric has no AP without detections
     policy = [line for line in scalars if any(key.startswith(POLICY) for key in line)]
     more = dict(metrics={key: value for key, value in last.items() if key not in ('data_time', 'time', 'step')})
     if policy:
@@ -328,7 +329,7 @@ def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -
 
 
 def _with_data(config: Any, data: Path) -> Any:
-    """Returns a config whose paths that begin with data/ are in the folder ``data`` instead."""
+    """Returns a config in which the folder ``data`` replaces data/ at the start of paths."""
     if isinstance(config, dict):
         return {key: _with_data(value, data) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -339,7 +340,7 @@ def _with_data(config: Any, data: Path) -> Any:
 
 
 def _keep_predictions(cfg: Config, place: Path) -> functools.partial:
-    """Has the last validation write what was predicted, and returns what computes the metric on other images of it."""
+    """Makes the last validation write its predictions; returns a function for the metric on bootstrap draws."""
     if cfg.val_evaluator.type == 'CocoMetric':
         cfg.val_evaluator.outfile_prefix = str(place / 'detections')
         return functools.partial(resampled_ap, cfg.val_evaluator.ann_file, place / 'detections.bbox.json')
@@ -355,17 +356,17 @@ def _line(run: Run, metric: float | None, **more) -> dict:
 
 @functools.cache
 def _surroundings() -> dict:
-    """What was there when the benchmark began, and what it has imported."""
+    """The code that the benchmark started with and has imported."""
     return environment(_device())
 
 
 def _device() -> str:
-    """Where MMEngine's Runner trains."""
+    """The device that MMEngine's Runner trains on."""
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def fit(config: dict, log: str) -> None:
-    """Trains a config as tools/train.py does, in a process that is there for nothing else and ends with its parent."""
+    """Trains a config as tools/train.py does, in a separate process that ends with its parent."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     with open(log, 'wb') as file:
         os.dup2(file.fileno(), 1)
@@ -385,14 +386,14 @@ def _end_with_the_parent() -> None:
 
 
 class Results:
-    """A file of one JSON object a line, to which whole lines are added."""
+    """A file with one JSON object per line. Lines are added completely or not at all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.keys = {(line['experiment'], line['seed'], line['fingerprint']) for line in read(path)}
 
     def append(self, line: dict) -> None:
-        """Adds a line by one write, which a killed process has done or not."""
+        """Adds a line with a single write."""
         data = (json.dumps(line) + '\n').encode()
         with self.path.open('ab', buffering=0) as file:
             file.write(data)
@@ -402,7 +403,7 @@ class Results:
 
 @contextmanager
 def results_file(path: Path) -> Iterator[Results]:
-    """Opens the file for this process alone, and cuts off what a machine that went down left of a line."""
+    """Locks the file for this process, and removes an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('ab') as lock:
         try:
@@ -415,7 +416,7 @@ def results_file(path: Path) -> Iterator[Results]:
 
 
 def read(path: Path) -> list[dict]:
-    """Returns the whole lines of a file of results, none if it is not there."""
+    """Returns the complete lines of a file of results; none if the file does not exist."""
     data = path.read_text() if path.exists() else ''
     return [json.loads(line) for line in data[:data.rfind('\n') + 1].splitlines()]
 

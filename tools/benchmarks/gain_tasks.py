@@ -1,9 +1,9 @@
-"""What the benchmark of accuracy runs: tasks, and the experiments of each."""
+"""Tasks and experiments of the benchmark of accuracy."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
 TUNING_SEEDS = (100, )
-CLAIM, OTHER = 10, 3  # seeds of an experiment that carries a claim, and of one that explains it
+CLAIM, OTHER = 10, 3  # seeds of an experiment that supports a claim, and of the others
 Weights = tuple[float, ...]
 
 BCCD = {'bccd': 'python tools/dataset_converters/bccd.py FOLDER'}
@@ -15,35 +15,35 @@ MOBILENET = {'mobilenet_v2.pth': 'python tools/model_converters/mobilenet_v2.py 
 class Experiment:
     """One way to train the student.
 
-    Weights are tuned by trying each of ``weights``, all of an experiment's at once, on the tuning split with the tuning
-    seeds. What is one change away from another experiment has that one's best weights, by ``weights_of``. The first of
-    ``weights`` is what an experiment has before it is tuned.
+    Tuning tries each entry of ``weights`` on the tuning split with the tuning seeds; an entry has all weights of the
+    experiment. An experiment that differs from another one in a single change uses its best weights (``weights_of``).
+    Before tuning, an experiment uses the first entry.
     """
     label: str
     config: str  # file in the task's folder, without .py
-    base: str | None = None  # the experiment that it is compared with
+    base: str | None = None  # the experiment to compare with
     seeds: int = OTHER
-    options: Callable[..., dict] = dict  # from the weights to what --cfg-options would state
-    weights: tuple[Weights, ...] = ()  # to try
-    weights_of: str | None = None  # the experiment whose best weights it has
+    options: Callable[..., dict] = dict  # from the weights to --cfg-options
+    weights: tuple[Weights, ...] = ()  # candidates
+    weights_of: str | None = None  # the experiment whose best weights it uses
 
 
 @dataclass(frozen=True)
 class Task:
     """A data set, a teacher and the experiments with its student, in the order of the tables."""
     title: str
-    data: dict[str, str]  # what it needs among the data, and the command that makes it
-    folder: str  # of the configs
-    teacher: str  # config
-    metric: str  # as MMEngine logs it
-    unit: str  # of the metric, for people
+    data: dict[str, str]  # data that it needs, and the commands that create them
+    folder: str  # folder of the configs
+    teacher: str  # config of the teacher
+    metric: str  # its name in MMEngine's log
+    unit: str  # its name and unit in tables
     scale: float  # from the metric to percent
     experiments: dict[str, Experiment]
-    headlines: tuple[str, ...] = ()  # experiments whose differences the page begins with
+    headlines: tuple[str, ...] = ()  # experiments whose differences are at the top of the page
 
 
 def feature(layers: list[str], *bases: str | dict) -> Callable[..., dict]:
-    """Options of a distillation by these bases: from their weights, one each."""
+    """Returns a function from the weights of these bases, one each, to the options of the distillation."""
     several = len(bases) > 1
     return lambda *weights: {'model.distiller': dict(
         type='mmkd_plugin.FeatureDistiller', layers=layers, base=list(bases) if several else bases[0],
@@ -52,14 +52,14 @@ def feature(layers: list[str], *bases: str | dict) -> Callable[..., dict]:
 
 def sokd(layers: list[str], base: str | dict, anchor: str, search_epochs: int, dafa: dict | None = None,
          areas: bool = True, **dam) -> Callable[..., dict]:
-    """Options of SoKD on a base: from the base's weight and DAM's, which is None for no DAM.
+    """Returns a function from the weights of base and DAM to the options of SoKD. Without a DAM weight, DAM is off.
 
     Args:
         layers, base: as in the distiller.
-        anchor: of DAM.
-        search_epochs: of the policy.
-        dafa: arguments of DAFA; None for no DAFA.
-        areas: whether DAM compares areas; its head is trained all the same.
+        anchor: anchor of DAM.
+        search_epochs: epochs of the policy search.
+        dafa: arguments of DAFA; None switches it off.
+        areas: whether DAM compares areas; its head is trained in both cases.
         dam: further arguments of DAM.
     """
     def options(weight: float, dam_weight: float | None = None) -> dict:
@@ -76,26 +76,26 @@ def sokd(layers: list[str], base: str | dict, anchor: str, search_epochs: int, d
 
 
 def decaying(options: Callable[..., dict], epochs: int, of: int) -> Callable[..., dict]:
-    """These options with all distillation losses falling to nothing, by a cosine, over the last ``of`` - ``epochs``."""
+    """Adds a cosine decay to 0 of all distillation losses, over the last ``of`` - ``epochs`` epochs."""
     schedule = {'*': dict(type='cosine', end_factor=0.0, begin=epochs, end=of, by_epoch=True)}
     return lambda *weights: {**options(*weights), 'model.loss_schedules': schedule}
 
 
 def grid(first: tuple[float, ...], second: tuple[float, ...]) -> tuple[Weights, ...]:
-    """All pairs of two weights."""
+    """Returns all pairs of two weights."""
     return tuple((a, b) for a in first for b in second)
 
 
 def one(*weights: float) -> tuple[Weights, ...]:
-    """A grid of one weight."""
+    """Returns a grid of one weight."""
     return tuple((weight, ) for weight in weights)
 
 
 def bccd() -> Task:
-    """Detection: boxes much smaller than the map, few labels."""
+    """Detection with few labels, and boxes much smaller than the map."""
     student, config = 'retinanet_r18-c16_bccd-60', 'inherit_retinanet_r18-c32_retinanet_r18-c16_bccd-60'
     neck, epochs = ['neck'], 60
-    dam = (0.3, 0.1)  # weights to try beside two of a base
+    dam = (0.3, 0.1)  # candidates for DAM, combined with two of the base
     adapter = dict(preset='fitnet', connector=dict(
         type='mmkd_plugin.ConvAdapter', in_channels='s_channels', out_channels='t_channels', signed=True))
 
@@ -104,7 +104,7 @@ def bccd() -> Task:
         return Experiment(label, config, base, options=options, weights=weights, **kwargs)
 
     def on(base: str, **kwargs) -> Callable[..., dict]:
-        """SoKD on a base; the search has the first quarter of the epochs."""
+        """SoKD on a base, with the search in the first quarter of the epochs."""
         return sokd(neck, base, 'boxes', epochs // 4, **{'dafa': {}, **kwargs})
 
     experiments = dict(
@@ -149,7 +149,7 @@ def bccd() -> Task:
 
 
 def bccd_mobilenet() -> Task:
-    """The same teacher and labels with a student of another architecture, from ImageNet weights."""
+    """The teacher and labels of ``bccd``, with a student of another architecture and ImageNet weights."""
     config, neck = 'inherit_retinanet_r18-c32_retinanet_mobilenetv2_bccd-60', ['neck']
 
     def by(label: str, options: Callable[..., dict], weights: tuple[Weights, ...], base: str = 'student') -> Experiment:
@@ -167,7 +167,7 @@ def bccd_mobilenet() -> Task:
 
 
 def cifar10() -> Task:
-    """Classification by a student with a ninth of the teacher's labels."""
+    """Classification with a student that has a ninth of the teacher's labels."""
     student, config = 'resnet8_cifar10-5000', 'distill_resnet20_resnet8_cifar10-5000'
     stages, stage = [f'backbone.layer{i}' for i in (1, 2, 3)], ['backbone.layer2']
 

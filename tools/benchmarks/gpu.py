@@ -1,10 +1,10 @@
-"""Proves on a GPU, within eight minutes, that this package works there, and measures what it costs.
+"""Checks this package on a GPU and measures its cost, within eight minutes.
 
-First the tests that need a GPU and the jobs of a user's day (``gpu_jobs.py``), side by side; then, alone on the
-machine, the benchmarks of the training step and of the loss. A stage that fails or takes too long does not stop the
-next. With ``--device cpu`` all of it runs in miniature, where figures mean nothing.
+It first runs the tests that need a GPU and a user's jobs (``gpu_jobs.py``) in parallel. Then it runs the benchmarks of
+the training step and of the loss, alone on the machine. A stage that fails or takes too long does not stop the next.
+With ``--device cpu`` everything runs in miniature, and its times and memory are meaningless.
 
-Writes five files: summary.md, results.json and the logs tests.log, jobs.log and benchmarks.log.
+It writes five files: summary.md, results.json and the logs tests.log, jobs.log and benchmarks.log.
 """
 import argparse
 import json
@@ -20,8 +20,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 LIMIT = 475  # seconds in all
 VARIANTS = ['amd', 'amd_float32', 'sokd_search', 'sokd_frozen', 'cwd', 'pkd', 'mgd']
-# On an H100, RetinaNet R101 to R50, 8 images of 800 x 1344: time to the student's own step, at most; and memory to the
-# student's own step and the teacher's weights
+# Upper limits on an H100, RetinaNet R101 to R50, 8 images of 800 x 1344: time relative to the student's own step, and
+# memory relative to the student's own step and the teacher's weights
 GOALS = dict(amd=1.20, sokd_search=1.30, sokd_frozen=1.30)
 MEMORY_GOAL = 1.10
 GOALS_STAGE = 'retinanet-8'
@@ -31,10 +31,10 @@ class Stage(NamedTuple):
     """A program to run.
 
     Attributes:
-        limit: the most seconds that it may take.
-        command: what follows ``python``.
-        log: file in the output folder for what it prints.
-        found: file that it writes its figures to, if any.
+        limit: time limit in seconds.
+        command: arguments of ``python``.
+        log: file in the output folder for its output.
+        found: file that it writes its results to, if any.
     """
     name: str
     limit: int
@@ -44,12 +44,12 @@ class Stage(NamedTuple):
 
 
 def gpu_test_files() -> list[str]:
-    """Returns the test files that have the marker ``gpu``; the others would cost the time to import them."""
+    """Returns the test files with the marker ``gpu``. Importing the others would take time."""
     return [str(path) for path in sorted((ROOT / 'tests').rglob('test_*.py')) if 'mark.gpu' in path.read_text()]
 
 
 def stages(device: str, folder: Path) -> list[Stage]:
-    """Returns what to run: first tests and jobs, then the benchmarks. ``folder`` is for files that nobody keeps."""
+    """Returns the stages: first tests and jobs, then the benchmarks. ``folder`` is for temporary files."""
     def benchmark(name: str, limit: int, tool: str, *arguments: str) -> Stage:
         found = folder / f'{name}.json'
         command = [f'tools/benchmarks/{tool}.py', *map(str, arguments), '--device', device, '--out', str(found)]
@@ -78,7 +78,7 @@ def stages(device: str, folder: Path) -> list[Stage]:
 
 
 class Run:
-    """A stage as it runs; its standard output is kept apart, for the summary."""
+    """A running stage. Its standard output goes to a separate file, for the summary."""
 
     def __init__(self, stage: Stage, out: Path, folder: Path, device: str, left: float) -> None:
         self.stage, self.out = stage, out
@@ -99,13 +99,13 @@ class Run:
             self.process.wait()
 
     def result(self) -> dict:
-        """Waits for it, or ends it when its time is over; returns how it went and what it found."""
+        """Waits for the stage, or stops it at its time limit; returns its outcome and results."""
         try:
             code = self.process.wait(max(0, self.limit - (time.monotonic() - self.began)))
             outcome = 'ok' if code == 0 else f'FAILED with code {code}'
         except subprocess.TimeoutExpired:
             outcome = f'FAILED: stopped after {self.limit:.0f} s'
-        finally:  # also when this program is interrupted
+        finally:  # also if this program is interrupted
             self.end()
         printed = self.printed.read_text(errors='replace')
         with open(self.out / self.stage.log, 'a') as log:
@@ -116,7 +116,7 @@ class Run:
 
 
 def checked(name: str, result: dict, device: str) -> dict:
-    """Returns the result, failed where a stage ended well but did not do its work."""
+    """Returns the result, marked as failed if the stage succeeded without doing its work."""
     lines = [line for line in result['printed'].splitlines() if line.strip()]
     result['detail'] = ''
     if name == 'tests':
@@ -131,7 +131,7 @@ def checked(name: str, result: dict, device: str) -> dict:
 
 
 def goals(results: dict) -> list[str]:
-    """Returns the rows of the goals of an H100, if they were measured."""
+    """Returns the section with the goals on an H100, if they were measured."""
     found = (results.get(GOALS_STAGE) or {}).get('found')
     if not found:
         return []
@@ -149,13 +149,13 @@ def goals(results: dict) -> list[str]:
 
 
 def summary(results: dict, device: str, seconds: float) -> str:
-    """Returns what a person reads first."""
+    """Returns the text of summary.md."""
     environments = [result['found']['environment'] for result in results.values() if result['found']]
     where = max(environments, key=len, default={})
     parts = [f'# This package on {where.get("device", device)}',
              ', '.join(f'{key} {value}' for key, value in where.items()) + f'. All in {seconds:.0f} s.']
     if device == 'cpu':
-        parts.append('A rehearsal in miniature on a CPU: only whether it runs says anything, no time and no memory.')
+        parts.append('A miniature run on a CPU. It checks that everything runs; times and memory are meaningless.')
     rows = [f'| {name} | {result["outcome"]} | {result["seconds"]} | {result["detail"]} |'
             for name, result in results.items()]
     parts.append('\n'.join(['| stage | outcome | seconds | |', '|---|---|---|---|', *rows]))
@@ -175,10 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/gpu'), help='folder to write; default %(default)s')
-    parser.add_argument('--stages', nargs='+', metavar='NAME', help='which stages to run, such as tests; default: all')
-    parser.add_argument('--limit', type=float, default=LIMIT, help='seconds in all; default %(default)s')
+    parser.add_argument('--stages', nargs='+', metavar='NAME', help='stages to run, such as tests; default: all')
+    parser.add_argument('--limit', type=float, default=LIMIT, help='total time limit in seconds; default %(default)s')
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an interrupt: ends what runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops the running stages, as an interrupt does
     began, out = time.monotonic(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
@@ -186,7 +186,7 @@ def main() -> None:
         names = [stage.name for stage in planned]
         unknown = set(args.stages or []) - set(names)
         if unknown:
-            parser.error(f'--stages: no stage is named {", ".join(sorted(unknown))}; there are {", ".join(names)}')
+            parser.error(f'--stages: unknown stage {", ".join(sorted(unknown))}, expected one of {", ".join(names)}')
         planned = [stage for stage in planned if stage.name in (args.stages or names)]
         for log in {stage.log for stage in planned}:
             (out / log).write_text('')
@@ -215,7 +215,7 @@ def main() -> None:
         for stage in planned:
             if stage not in together:
                 finish(Run(stage, out, Path(folder), args.device, left()))
-    print(f'{out / "summary.md"}: what was found')
+    print(f'{out / "summary.md"}: summary of the results')
     sys.exit(any(result['outcome'] != 'ok' for result in results.values()))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Proves on an NVIDIA GPU that this package works there, and measures it, in at most eight minutes; see gpu.py for the
-# options. Results go to $OUT, or to work_dirs/gpu. Runs the python of the environment, or $PYTHON.
+# Checks this package on an NVIDIA GPU and measures its cost, in at most eight minutes; gpu.py has the options. Results
+# go to $OUT, by default work_dirs/gpu. Uses the python of the environment, or $PYTHON.
 set -eu
 OUT=$(realpath -m "${OUT:-$(dirname "$0")/../../work_dirs/gpu}")
 cd "$(dirname "$0")/../.."

@@ -1,7 +1,7 @@
-"""Every job of a user's day on one device and in one process: train, resume, export, draw, in several ways.
+"""Runs a user's jobs on one device in one process: training, resuming, exporting and visualising.
 
-The models are those of the demo, on a few images of its digits. Each job is a command of this project, as its user
-would type it. A job that fails does not stop the next, unless that needs what it makes.
+The models are those of the demo, on a few images of its digits. Each job is a command of this project with a user's
+options. A job that fails does not stop the next, unless the next needs its output.
 """
 import argparse
 import json
@@ -32,19 +32,19 @@ METHODS = {
     'sokd': (CONFIGS / 'sokd-fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py',
              ['custom_hooks.0.search_epochs=1', 'custom_hooks.1.interval=1']),
 }
-# What --quick leaves out, for another method does it too
+# jobs that --quick leaves out, because another method has the same job
 REPEATED = {'amd: train --amp', 'sokd: train, check the teacher', 'sokd: resume', 'sokd: export', 'sokd: visualise'}
 
 
 class Day:
-    """The jobs, in order; those of one folder go on with what is in it."""
+    """The jobs, in order. Jobs in the same folder use its files."""
 
     def __init__(self, folder: Path, images: int, device: str) -> None:
         self.folder, self.images, self.device = folder, images, device
         self.data = folder / 'digits'
 
     def jobs(self) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Yields names and what to call."""
+        """Yields the names and functions of the jobs."""
         yield 'make the digits', lambda: make_digits(self.data, num_train=self.images, num_val=4)
         yield 'train the teacher', lambda: self.train(TEACHER, 'teacher')
         for method, (config, options) in METHODS.items():
@@ -64,7 +64,7 @@ class Day:
         yield 'sokd: one process of DDP', lambda: self.parallel(config, options)
 
     def options(self) -> list[str]:
-        """What every command is given by ``--cfg-options``."""
+        """Returns the ``--cfg-options`` of every command."""
         found = [f'{loader}_dataloader.dataset.data_root={self.data}/' for loader in ('train', 'val', 'test')]
         found += [f'{evaluator}_evaluator.ann_file={self.data}/annotations/val.json' for evaluator in ('val', 'test')]
         teacher = self.folder / 'teacher/epoch_1.pth'
@@ -93,7 +93,7 @@ class Day:
                 '--cfg-options', *self.options())
 
     def compiled(self, config: Path) -> Path:
-        """Returns a config that compiles the student; on a CPU without a compiler, so that it takes little time."""
+        """Returns a config that compiles the student. On a CPU it uses a backend without a compiler, to save time."""
         path = self.folder / 'amd_compiled.py'
         backend = 'eager' if self.device == 'cpu' else 'inductor'
         path.write_text(f"_base_ = '{config}'\n"
@@ -101,24 +101,24 @@ class Day:
         return path
 
     def parallel(self, config: Path, options: list[str]) -> None:
-        """Trains in a process group of one process, which stays: it must be the last job."""
+        """Trains in a process group of one process. The group remains, so this must be the last job."""
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         backend = 'gloo' if self.device == 'cpu' else 'nccl'
         options = [*options, f'env_cfg.dist_cfg.backend={backend}']
-        if self.device == 'cpu':  # MMEngine's launcher and wrapper name a GPU, whether there is one or not
+        if self.device == 'cpu':  # MMEngine's launcher and wrapper always use a GPU
             torch.cuda.set_device = lambda device: None
             options += ['model_wrapper_cfg.type=MMDistributedDataParallel', 'model_wrapper_cfg.device_ids=None']
         self.train(config, 'sokd_ddp', '--launcher', 'pytorch', epochs=2, options=options)
         if torch.distributed.get_backend() != backend:
-            raise RuntimeError(f'the process group runs over {torch.distributed.get_backend()}')
+            raise RuntimeError(f'the process group uses the backend {torch.distributed.get_backend()}')
         torch.distributed.destroy_process_group()
 
 
 def command(tool: str, *arguments: object) -> None:
-    """Runs a program of ``tools`` as from a shell, but in this process, which has imported everything."""
+    """Runs a program of ``tools`` with a command line, but in this process, to save the imports."""
     sys.argv = [f'tools/{tool}.py', *map(str, arguments)]
     print(f'$ {" ".join(sys.argv)}', flush=True)
     try:
@@ -129,7 +129,7 @@ def command(tool: str, *arguments: object) -> None:
 
 
 def do(name: str, job: Callable[[], object], device: str) -> dict:
-    """Does a job, and returns how it went."""
+    """Runs a job and returns its outcome."""
     print(f'--- {name}', flush=True)
     began, on_gpu = time.monotonic(), device != 'cpu'
     if on_gpu:
@@ -151,12 +151,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
     parser.add_argument('--images', type=int, default=64, help='training images; default %(default)s')
-    parser.add_argument('--quick', action='store_true', help='each kind of job with one method only')
+    parser.add_argument('--quick', action='store_true', help='run each kind of job with one method only')
     parser.add_argument('--work-dir', type=Path, required=True, help='folder for checkpoints and logs')
     parser.add_argument('--out', type=Path, required=True, help='JSON file for how each job went')
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
-        sys.exit(f'gpu_jobs: torch {torch.__version__} sees no GPU')
+        sys.exit(f'gpu_jobs: torch {torch.__version__} finds no GPU')
     versions = dict(cuda=torch.version.cuda, mmcv=mmcv.__version__, numpy=numpy.__version__, opencv=cv2.__version__)
     found = dict(environment=dict(environment(args.device), **versions), jobs=[])
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What the AMD loss costs, forward and backward, against the least that memory allows and against the plain way.
+"""Cost of the AMD loss, forward and backward, relative to a lower bound and to a plain implementation.
 
 The lower bound reads both feature maps once (two sums), then reads one and writes its gradient once (one product).
-"plain" is the paper's steps written down one by one. All in float32; the teacher's map takes no gradient.
+"plain" implements the paper's steps one by one. Everything is in float32; the teacher's map gets no gradient.
 """
 import argparse
 import json
@@ -25,13 +25,13 @@ from mmkd_plugin.deploy.environment import environment, markdown
 from mmkd_plugin.models.losses import AMDLoss
 
 MAPS = ['256x100x168', '256x50x84', '256x25x42', '256x13x21', '64x100x168', '1024x100x168']
-LARGE = 16 * 2**20  # bytes of one map, from which on the goals hold
+LARGE = 16 * 2**20  # smallest size of a map, in bytes, for which the goals hold
 HEADER = ['map', 'variant', 'ms', 'to the lower bound', 'times faster than plain', 'peak (MiB)', 'goals reached']
-TIMES_LOWER_BOUND, TIMES_FASTER = 1.5, 3.0  # the goals: at most, at least
+TIMES_LOWER_BOUND, TIMES_FASTER = 1.5, 3.0  # goals: at most the first, at least the second
 
 
 def plain(s_feature: Tensor, t_feature: Tensor, margin: float = 1.35, scale: float = 64.0) -> Tensor:
-    """The paper's loss of one layer, as it is printed."""
+    """The paper's loss of one layer, step by step."""
 
     def hats(feature: Tensor) -> list[Tensor]:
         attention = feature.pow(2).sum(1).flatten(1)  # (N, HW)
@@ -55,17 +55,17 @@ def parse_args() -> argparse.Namespace:
                         help=f'feature maps to measure; default {" ".join(MAPS)}')
     parser.add_argument('--batch', type=int, default=2, help='images; default %(default)s')
     parser.add_argument('--rounds', type=int, default=30,
-                        help='rounds, each with every variant once; default %(default)s')
-    parser.add_argument('--compile', action='store_true', help='also measure AMD through torch.compile')
+                        help='number of rounds; each runs every variant once; default %(default)s')
+    parser.add_argument('--compile', action='store_true', help='also measure AMD with torch.compile')
     parser.add_argument('--device', default='cpu', help='cpu or cuda; default %(default)s')
     parser.add_argument('--clock', choices=CLOCKS, default='wall', help=CLOCK)
     parser.add_argument('--out', type=Path, help='JSON file for all times')
-    parser.add_argument('--plot', type=Path, help='picture of time and memory against the size of the map')
+    parser.add_argument('--plot', type=Path, help='file for a plot of time and memory against the size of the map')
     return parser.parse_args()
 
 
 def shape(text: str) -> tuple[int, int, int]:
-    """Reads a map's channels, height and width."""
+    """Parses the channels, height and width of a map."""
     try:
         channels, height, width = map(int, text.split('x'))
     except ValueError:
@@ -121,7 +121,7 @@ def table(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Time and peak memory of every variant against the size of one map."""
+    """Draws time and peak memory of every variant against the size of one map."""
     from matplotlib import pyplot as plt
     results = sorted(results, key=lambda result: result['map_bytes'])
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))

@@ -1,7 +1,7 @@
-"""The part of docs/results.md on what distillation costs, from what the benchmarks of time and memory left.
+"""The part of docs/results.md on the cost of distillation, from the results of the benchmarks of time and memory.
 
-``docs/results/step_*.json`` are of tools/benchmarks/step.py, ``loss_*.json`` of tools/benchmarks/loss.py, each by its
-``--out``.
+``docs/results/step_*.json`` is the ``--out`` of tools/benchmarks/step.py, ``loss_*.json`` that of
+tools/benchmarks/loss.py.
 """
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ written down one by one. Ratios are medians over interleaved rounds with their 9
 
 
 def sections(results: Path, images: Path) -> list[str]:
-    """Returns the parts of the page, in the order of the files' names; draws their plots into ``images``."""
+    """Returns the parts of the page in the order of the file names, and draws their plots into ``images``."""
     steps = [_step(path, images) for path in sorted(results.glob('step_*.json'))]
     losses = [_loss(path, images) for path in sorted(results.glob('loss_*.json'))]
     return [*([f'## What a step costs\n\n{STEP}', *steps] if steps else []),
@@ -29,7 +29,7 @@ def _step(path: Path, images: Path) -> str:
     if varied:
         title += f' against {step.LABELS[varied]}'
     title += f', torch {found["environment"]["torch"].split("+")[0]}'
-    goals = [] if varied else found['goals']  # a sweep shows how cost grows
+    goals = [] if varied else found['goals']  # a sweep shows the growth of the cost
     parts = [f'### {title}', _measured(found), step.report(found['variants'], goals, varied)]
     if varied:
         picture = images / f'results_{path.stem}.png'

@@ -1,9 +1,9 @@
-"""Writes what the benchmarks found into docs/results.md, between two marks, and the plots beside it.
+"""Writes the results of the benchmarks into docs/results.md, between two marks, and draws the plots.
 
-What stands outside the marks stays. Of every experiment only runs of its present config count, one a seed.
+Text outside the marks is not changed. Only runs of an experiment's current config count, one per seed.
 
-Two intervals stand beside each other: over seeds, by Student's t, and over the test images, by the bootstrap
-(bootstrap.py). The first tells whether another seed would say the same, the second whether other images would.
+The tables have two intervals: over seeds, by Student's t, and over the test images, by the bootstrap (bootstrap.py).
+The first one covers the choice of the seeds, the second one the choice of the images.
 """
 import argparse
 import itertools
@@ -37,9 +37,9 @@ Found = dict[str, dict[int, dict]]  # lines by experiment and seed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--results', type=Path, default=RESULTS, help='where the results are')
-    parser.add_argument('--page', type=Path, default=PAGE, help='the page to write into')
-    parser.add_argument('--images', type=Path, default=IMAGES, help='where the plots go')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    parser.add_argument('--page', type=Path, default=PAGE, help='page to write into')
+    parser.add_argument('--images', type=Path, default=IMAGES, help='folder for the plots')
     args = parser.parse_args()
     parts = []
     for name, task in TASKS.items():
@@ -68,7 +68,7 @@ def insert(page: str, text: str) -> str:
     """Returns the page with this text between the marks.
 
     Raises:
-        ValueError: the marks are not there, once each and in order.
+        ValueError: the page does not have both marks once, in order.
     """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -78,7 +78,7 @@ def insert(page: str, text: str) -> str:
 
 
 def current(task: Task, lines: list[dict], tuning: list[dict]) -> Found:
-    """Returns the lines whose fingerprint is that of the present configs and weights; none of a tuning half done."""
+    """Returns the lines whose fingerprint fits the current configs and weights; none if a tuning is incomplete."""
     runs = {teacher_run(task).key}
     for name in task.experiments:
         with suppress(ValueError):
@@ -91,19 +91,19 @@ def current(task: Task, lines: list[dict], tuning: list[dict]) -> Found:
 
 
 def values(task: Task, found: Found, name: str) -> dict[int, float]:
-    """The metric of an experiment by seed, in percent."""
+    """Returns the metric of an experiment by seed, in percent."""
     return {seed: task.scale * line['metric'] for seed, line in sorted(found.get(name, {}).items())}
 
 
 def resampled(task: Task, found: Found, name: str) -> dict[int, np.ndarray]:
-    """The metric of an experiment by seed on each draw of the test images, in percent."""
+    """Returns the metric of an experiment by seed on each draw of the test images, in percent."""
     return {seed: task.scale * np.array(line['resampled']) for seed, line in sorted(found.get(name, {}).items())}
 
 
 def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, float, int, int] | None:
-    """Returns mean and half the 95% t-interval of the differences within seeds, in how many of them ``above`` wins, n.
+    """Returns the mean and half the 95% t-interval of the differences within seeds, the number of wins of ``above``, n.
 
-    None where fewer than two seeds are in both.
+    Returns None if fewer than two seeds are in both.
     """
     differences = [above[seed] - below[seed] for seed in sorted(set(above) & set(below))]
     n = len(differences)
@@ -116,8 +116,8 @@ def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, flo
 def permutation_test(above: dict[int, float], below: dict[int, float]) -> float:
     """Returns the p-value of Fisher's paired permutation test of the mean difference within seeds, two-sided and exact.
 
-    If both were alike, each difference could as well have the other sign: p is the share of all signs that make the
-    mean as far from 0 as it is. It cannot be below 2 / 2^n: with 3 seeds 0.25, with 10 0.002.
+    Under the null hypothesis, each difference is equally likely to have the opposite sign. p is the share of all sign
+    combinations whose mean is at least as far from 0. It is at least 2 / 2^n: 0.25 with 3 seeds, 0.002 with 10.
     """
     differences = np.array([above[seed] - below[seed] for seed in sorted(set(above) & set(below))])
     signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
@@ -134,7 +134,7 @@ def over_images(above: dict[int, np.ndarray], below: dict[int, np.ndarray] | Non
 
 
 def closed(given: dict[int, float], alone: dict[int, float], teacher: float) -> float | None:
-    """Returns the share of the gap between student alone and teacher that is closed, in percent, on common seeds."""
+    """Returns the closed share of the gap between student alone and teacher, in percent, on common seeds."""
     seeds = sorted(set(given) & set(alone))
     if not seeds:
         return None
@@ -175,7 +175,7 @@ def _interval(bounds: tuple[float, float], spec: str = '.1f') -> str:
 
 
 def summary(task: Task, found: Found) -> str:
-    """Returns what a reader should know of a task: the gap, the best experiment, and its headlines."""
+    """Returns the summary of a task: the gap, the best experiment, and its headline differences."""
     teacher, alone = values(task, found, 'teacher')[0], values(task, found, 'student')
     means = {name: statistics.fmean(values(task, found, name).values())
              for name in task.experiments if name != 'student' and name in found}
@@ -211,12 +211,13 @@ def section(task: Task, found: Found, tuning: list[dict], drawn: dict[str, Path]
     tuning_seeds = ', '.join(map(str, TUNING_SEEDS))
     return '\n\n'.join([
         f'## {task.title}',
-        f'Mean and standard deviation of {task.unit} over seeds; mean difference to another experiment within seeds '
-        'with its 95% interval by Student\'s t; p by the exact paired permutation test. Beside both stand 95% '
-        'bootstrap intervals over test images. Every experiment with weights of its own has the same budget: '
-        f'{", ".join(map(str, candidates))} candidates with seed {tuning_seeds} on a split of its own. The second '
-        'weight of SoKD is that of DAM. An experiment that is one change away from another has its weights. The '
-        'reported seeds ran once, on test images that no weight was chosen by.',
+        f'The table has the mean and standard deviation of {task.unit} over seeds, and the mean difference to another '
+        'experiment within seeds with its 95% interval by Student\'s t; p is from the exact paired permutation test. '
+        'The columns "over images" are 95% bootstrap intervals over test images. Every experiment with its own weights '
+        f'has the same budget: {", ".join(map(str, candidates))} candidates with seed {tuning_seeds} on the tuning '
+        'split. The second weight of SoKD is that of DAM. An experiment that differs from another one in a single '
+        'change has the weights of that one. The reported seeds ran once, on test images that were not used to choose '
+        'weights.',
         table(task, found, tuning),
         f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {surroundings}.',
         *pictures])
@@ -236,7 +237,7 @@ def papers() -> str:
 
 
 def bars(task: Task, found: Found, path: Path) -> None:
-    """Draws the mean of every experiment, its standard deviation and its seeds."""
+    """Draws the mean, the standard deviation and the seeds of every experiment."""
     names = [name for name in task.experiments if name in found]
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(names) + 1.2))
     for place, name in enumerate(names):
@@ -257,7 +258,7 @@ def bars(task: Task, found: Found, path: Path) -> None:
 
 
 def policy(task: Task, found: Found, path: Path) -> None:
-    """Draws, over the search, the chance that a batch gets each operation; nothing if there was no search."""
+    """Draws the probability of each operation during the search; draws nothing if there was no search."""
     searched = {name: [line['policy'] for line in lines.values()] for name, lines in found.items()
                 if all('policy' in line for line in lines.values())}
     if not searched:
@@ -270,7 +271,7 @@ def policy(task: Task, found: Found, path: Path) -> None:
                       label=key.removeprefix('p/'))
         axis.set_title(task.experiments[name].label, fontsize=9)
         axis.set_xlabel('iteration')
-    axes[0][0].set_ylabel('chance that a batch gets it')
+    axes[0][0].set_ylabel('probability of the operation')
     axes[0][-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 

@@ -1,9 +1,9 @@
-"""What a training step of distillation costs, as a multiple of the student's own step.
+"""Cost of a distillation training step relative to the student's own step.
 
-The lower bound stands beside it: the student's own step and the forward of the teacher's backbone and neck, both as the
-student is trained. All variants see the same synthetic batch and take whole steps: preprocessing, forward, losses,
-backward, optimiser. Weights are random, the learning rate is that of a warm-up's first step. Variants run in turn, in
-rounds; figures are ratios within a round.
+The lower bound is the student's own step and the forward pass of the teacher's backbone and neck, both in the student's
+precision. All variants get the same synthetic batch and run whole steps: preprocessing, forward, losses, backward,
+optimizer. Weights are random, and the learning rate is that of the first warm-up step. The variants run in turn, in
+rounds. The results are ratios within a round.
 """
 import argparse
 import copy
@@ -40,13 +40,13 @@ from mmkd_plugin.engine.hooks.compile_student_hook import compile_student
 
 ROOT = Path(__file__).parents[2]
 OURS = {
-    'amd': 'AMD, as its config has it',
+    'amd': 'AMD with its config',
     'amd_float32': 'AMD with the teacher in float32',
-    'amd_amp': 'AMD by --amp: float16, on a CPU bfloat16',
+    'amd_amp': 'AMD with --amp: float16 on a GPU, bfloat16 on a CPU',
     'amd_compiled': 'AMD with CompileStudentHook',
-    'sokd_search': 'SoKD, while the policy is searched',
+    'sokd_search': 'SoKD, during the search',
     'sokd_frozen': 'SoKD, after the search',
-    'sokd_base': 'the distiller that SoKD is built on, by itself',
+    'sokd_base': 'the base of SoKD alone',
 }
 RAZORS = {
     'cwd': 'MMRazor\'s CWD, FpnTeacherDistill',
@@ -55,25 +55,25 @@ RAZORS = {
     'mgd': 'MMRazor\'s MGD',
     'fbkd': 'MMRazor\'s FBKD on the first 4 maps',
 }
-REFERENCES = {  # what the others are compared with, and the words for it
+REFERENCES = {  # variants to compare with, and their names in tables
     'student': 'the student\'s own step',
     'lower_bound': 'the lower bound',
 }
 VARIANTS = {'student': 'the student\'s own step',
-            'lower_bound': 'the student\'s own step, and the teacher to its neck', **OURS, **RAZORS}
-FBKD_LEVELS = [dict(reduction=4, maxpool_stride=8), dict(reduction=4, maxpool_stride=4), {}, {}]  # as MMRazor's config
+            'lower_bound': 'the student\'s own step, and the teacher up to its neck', **OURS, **RAZORS}
+FBKD_LEVELS = [dict(reduction=4, maxpool_stride=8), dict(reduction=4, maxpool_stride=4), {}, {}]  # of MMRazor's config
 SETTINGS = {'size': VARIANTS, 'layers': OURS, 'sub_policies': ('sokd_search', 'sokd_frozen'),
-            'areas': ('sokd_search', 'sokd_frozen')}  # which variants each option changes
+            'areas': ('sokd_search', 'sokd_frozen')}  # the variants that each option changes
 LABELS = dict(size='side of the images (pixels)', layers='maps', sub_policies='sub-policies', areas='P')
-MEMORY_STEPS = 3  # SoKD's steps differ by what is drawn; the dearest counts
-BOXES = 7  # an image, as in COCO
+MEMORY_STEPS = 3  # SoKD's steps differ by their draws; the largest peak counts
+BOXES = 7  # per image, as in COCO
 
 
 class Goal(NamedTuple):
     variant: str
     below: str
-    time: float  # the most that the interval's upper end may be
-    memory: float | None  # the most that the ratio of peaks may be
+    time: float  # limit of the interval's upper end
+    memory: float | None  # limit of the ratio of peaks
 
 
 GOALS = [Goal('amd', 'lower_bound', 1.03, 1.05), Goal('sokd_search', 'lower_bound', 1.15, 1.20),
@@ -82,9 +82,9 @@ GOALS = [Goal('amd', 'lower_bound', 1.03, 1.05), Goal('sokd_search', 'lower_boun
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student, and the maps that MMRazor's methods and ``--layers`` read, largest first."""
+    """A teacher and a student, and the maps for MMRazor's methods and ``--layers``, largest first."""
     title: str
-    configs: dict[str, str]  # of the variants that begin so
+    configs: dict[str, str]  # by the prefix of the variants
     base: str
     maps: dict[str, int]  # channels by module
     size: tuple[int, int]
@@ -107,7 +107,7 @@ PAIRS = {
 
 
 class Settings(NamedTuple):
-    """What a variant is measured at; None is what its config says."""
+    """Settings of a variant; None means the value in its config."""
     size: tuple[int, int]
     layers: int | None
     sub_policies: int | None
@@ -118,16 +118,16 @@ class Variant(NamedTuple):
     name: str
     settings: Settings
     step: Callable[[], dict[str, Tensor]]
-    held: int  # bytes of weights, buffers and optimiser, teacher's included
+    held: int  # bytes of weights, buffers and optimizer, with the teacher's
 
 
 class LowerBound(BaseModel):
-    """The student's own step, and the teacher's backbone and neck without gradient."""
+    """The student's own step, and the teacher's backbone and neck without gradients."""
 
     def __init__(self, student: BaseModel, teacher: BaseModel) -> None:
         super().__init__(student.data_preprocessor)
         self.student = student
-        self.__dict__['teacher'] = teacher  # no submodule
+        self.__dict__['teacher'] = teacher  # not a submodule
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'loss') -> dict[str, Tensor]:
         with torch.no_grad():
@@ -136,7 +136,7 @@ class LowerBound(BaseModel):
 
 
 class Workshop:
-    """Builds the variants of one pair, each on the CPU, as the Runner does, and then moves it."""
+    """Builds the variants of one pair on the CPU, as the Runner does, then moves them to the device."""
 
     def __init__(self, pair: Pair, batch: int, device: str) -> None:
         self.pair, self.batch, self.device = pair, batch, device
@@ -144,17 +144,17 @@ class Workshop:
         init_default_scope(self.base.default_scope)
         self.teacher = _random(read_cfg_path(self.base.model.teacher.cfg_path).model).eval().requires_grad_(False)
         self.data: dict[tuple[int, int], dict] = {}
-        torch.zeros(8, 8, device=device) @ torch.zeros(8, 8, device=device)  # workspaces of libraries belong to nobody
+        torch.zeros(8, 8, device=device) @ torch.zeros(8, 8, device=device)  # allocates the workspaces of libraries
 
     def variant(self, name: str, settings: Settings) -> Variant:
         torch.manual_seed(0)
         config = self._config(name, settings)
         architecture = config.model.architecture
-        if 'data_preprocessor' in config:  # the Runner hands it on
+        if 'data_preprocessor' in config:  # the Runner passes it on
             architecture.setdefault('data_preprocessor', config.data_preprocessor)
         allocated = _allocated(self.device)
         student = _random(architecture)
-        teacher = None if name == 'student' else copy.deepcopy(self.teacher)  # recorders are hooks in it
+        teacher = None if name == 'student' else copy.deepcopy(self.teacher)  # recorders add hooks to it
         if name == 'student':
             model = student
         elif name == 'lower_bound':
@@ -179,8 +179,8 @@ class Workshop:
         data = self._data(settings.size)
         step = _step(name, model, optim_wrapper, data)
         try:
-            step()  # the optimiser gets its state
-        except RuntimeError as error:  # MMRazor's FBKD pools small maps away
+            step()  # creates the state of the optimizer
+        except RuntimeError as error:  # MMRazor's FBKD pools small maps to nothing
             raise ValueError(f'{name} cannot take a step on images of {settings.size}: {error}') from error
         held = _allocated(self.device) - allocated or _held([model, *([teacher] if teacher else [])], optim_wrapper)
         return Variant(name, settings, step, held)
@@ -220,11 +220,11 @@ class Workshop:
 
 
 def razor_distiller(method: str, maps: dict[str, int]) -> dict:
-    """The distiller of one of MMRazor's methods, with the settings of MMRazor's config of it.
+    """Returns the distiller of one of MMRazor's methods, with the settings of MMRazor's config.
 
     Args:
         method: cwd, pkd, mgd or fbkd.
-        maps: the channels of student and teacher by module, largest map first.
+        maps: channels of student and teacher by module, largest map first.
     """
     if method in ('pkd', 'fbkd'):
         maps = dict(list(maps.items())[:4])
@@ -250,7 +250,7 @@ def razor_distiller(method: str, maps: dict[str, int]) -> dict:
 
 
 def _random(config: dict) -> BaseModel:
-    """Builds a model without the weights that its config would download."""
+    """Builds a model without downloading weights."""
     config = copy.deepcopy(config)
     config.backbone.init_cfg = None
     model = MODELS.build(config)
@@ -262,13 +262,13 @@ def _step(name: str, model: BaseModel, optim_wrapper: OptimWrapper, data: dict) 
     def step() -> dict[str, Tensor]:
         log = model.train_step(data, optim_wrapper)
         if not log['loss'].isfinite():
-            raise RuntimeError(f'{name}: the loss is {log["loss"]}, and arithmetic on it costs something else')
+            raise RuntimeError(f'{name}: the loss is {log["loss"]}, which can change the time of a step')
         return log
     return step
 
 
 def _allocated(device: str) -> int:
-    """Returns the bytes that all tensors on a GPU take, and 0 on a CPU, where nobody counts."""
+    """Returns the bytes of all tensors on a GPU, and 0 on a CPU, which has no counter."""
     return torch.cuda.memory_allocated(device) if torch.device(device).type == 'cuda' else 0
 
 
@@ -297,32 +297,32 @@ def _classification_batch(batch: int, size: tuple[int, int]) -> dict:
 def parse_args() -> argparse.Namespace:
     variants = '; '.join(f'{name}: {text}' for name, text in VARIANTS.items())
     parser = argparse.ArgumentParser(
-        description=f'{__doc__} {PEAK_MEMORY} To it the weights, buffers and optimiser of student, distiller and '
-                    'teacher are added.', epilog=f'Variants: {variants}.')
+        description=f'{__doc__} {PEAK_MEMORY} Weights, buffers and optimizer of student, distiller and teacher are '
+                    'added.', epilog=f'Variants: {variants}.')
     parser.add_argument('--pair', choices=PAIRS, default='retinanet',
-                        help='R101 to R50; or ResNet34 to ResNet18, with SoKD on ReviewKD or on FitNet')
+                        help='R101 to R50, or ResNet34 to ResNet18 with SoKD on ReviewKD or on FitNet')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS),
-                        help='what to measure beside the student\'s own step and the lower bound; default: all')
+                        help='variants to measure besides the student\'s own step and the lower bound; default: all')
     parser.add_argument('--rounds', type=int, default=15,
-                        help='rounds, each with every variant once; default %(default)s')
+                        help='number of rounds; each runs every variant once; default %(default)s')
     parser.add_argument('--size', nargs='+', type=image_size, metavar='HxW',
-                        help='images, such as 800x1333; default 384x384 for retinanet, 224x224 otherwise')
-    parser.add_argument('--batch', type=int, help='images a step; default 2 for retinanet, 16 otherwise')
+                        help='size of the images, such as 800x1333; default 384x384 for retinanet, 224x224 otherwise')
+    parser.add_argument('--batch', type=int, help='images per step; default 2 for retinanet, 16 otherwise')
     parser.add_argument('--layers', nargs='+', type=int,
-                        help='AMD and SoKD on so many maps, the largest first; default: those of the configs')
-    parser.add_argument('--sub-policies', nargs='+', type=int, help='of SoKD; default 36, all')
-    parser.add_argument('--areas', nargs='+', type=int, help='P of SoKD; default 8')
+                        help='number of maps for AMD and SoKD, the largest first; default: those of the configs')
+    parser.add_argument('--sub-policies', nargs='+', type=int, help='sub-policies of SoKD; default 36, all')
+    parser.add_argument('--areas', nargs='+', type=int, help='areas of SoKD, P; default 8')
     parser.add_argument('--device', default='cpu', help='cpu or cuda; default %(default)s')
     parser.add_argument('--clock', choices=CLOCKS, default='wall', help=CLOCK)
     parser.add_argument('--out', type=Path, help='JSON file for all times')
-    parser.add_argument('--plot', type=Path, help='picture of the cost against the option that has several values')
+    parser.add_argument('--plot', type=Path, help='file for a plot of the cost against the option with several values')
     args = parser.parse_args()
     args.pair = PAIRS[args.pair]
     args.batch = args.batch or args.pair.batch
     args.size = args.size or [args.pair.size]
     several = [option for option in SETTINGS if len(getattr(args, option) or []) > 1]
     if len(several) > 1:
-        parser.error(f'--{several[0]} and --{several[1]} have several values: vary one of them at a time')
+        parser.error(f'--{several[0]} and --{several[1]} have several values. Vary one of them at a time')
     if args.plot and not several:
         parser.error('--plot needs several values of one of --size, --layers, --sub-policies, --areas')
     if max(args.layers or [1]) > len(args.pair.maps):
@@ -332,7 +332,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """Reads the height and width of images."""
+    """Parses the height and width of images."""
     try:
         height, width = map(int, text.split('x'))
     except ValueError:
@@ -343,7 +343,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def wanted(args: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
-    """What to measure: every variant once, or once a value where the varied option changes it."""
+    """Returns what to measure: every variant once, or once per value if the varied option changes it."""
     values = [getattr(args, option) or [None] for option in SETTINGS]
     plain = Settings(*(value[0] for value in values))
     for name in VARIANTS:
@@ -355,7 +355,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, Settings]]:
 
 def compare(variants: list[Variant], seconds: dict[int, list[float]],
             peaks: list[int]) -> tuple[list[dict], list[dict]]:
-    """Returns the figures of every variant, and of every goal that two of the variants speak to."""
+    """Returns the results of every variant, and of every goal whose two variants were measured."""
     references = {(variant.name, variant.settings.size): i for i, variant in enumerate(variants)
                   if variant.name in REFERENCES}
     figures, verdicts = [], []
@@ -405,12 +405,12 @@ def report(figures: list[dict], verdicts: list[dict], varied: str | None) -> str
 
 
 def compared_with(figures: list[dict]) -> list[str]:
-    """Returns the names of the references that all figures have; older results have the lower bound only."""
+    """Returns the names of the references in all results; older results have the lower bound only."""
     return [name for name in REFERENCES if all(f'to_{name}' in figure for figure in figures)]
 
 
 def draw(figures: list[dict], varied: str, path: Path) -> None:
-    """Time and memory against the varied option, one line a variant, as multiples of the first reference there is."""
+    """Draws time and memory against the varied option, one line per variant, relative to the first reference."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     below = compared_with(figures)[0]
@@ -437,7 +437,7 @@ def draw(figures: list[dict], varied: str, path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    MMLogger.get_current_instance().setLevel('ERROR')  # how weights are initialised is no news
+    MMLogger.get_current_instance().setLevel('ERROR')  # do not log the initialisation of weights
     workshop = Workshop(args.pair, args.batch, args.device)
     try:
         variants = [workshop.variant(*each) for each in wanted(args)]
@@ -447,7 +447,7 @@ def main() -> None:
     peaks = [each.held + max(peak_memory(each.step, args.device) for _ in range(MEMORY_STEPS)) for each in variants]
     figures, verdicts = compare(variants, seconds, peaks)
     where = environment(args.device)
-    print(f'{args.batch} images a step, {args.rounds} rounds; {args.clock} clock, median and 95% interval; '
+    print(f'{args.batch} images per step, {args.rounds} rounds; {args.clock} clock, median and 95% interval; '
           f'{", ".join(f"{key} {value}" for key, value in where.items())}\n')
     print(report(figures, verdicts, args.varied))
     if args.out:

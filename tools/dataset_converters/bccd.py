@@ -1,8 +1,8 @@
-"""Converts BCCD, photographs of blood under a microscope, from Pascal VOC to COCO at half its size, 320 x 240.
+"""Converts BCCD, microscope photographs of blood, from Pascal VOC to COCO at half its size, 320 x 240.
 
 BCCD is Shenggan/BCCD_Dataset on GitHub, under the MIT licence: 364 images with boxes around red cells, white cells and
-platelets. FOLDER is its folder BCCD, with Annotations, ImageSets/Main and JPEGImages. The splits are its own. Training
-images are in a random order, always the same, so that the first of them are a sample of all.
+platelets. FOLDER is its folder BCCD, with Annotations, ImageSets/Main and JPEGImages. The splits are those of BCCD. The
+training images are in a fixed random order, so that the first N of them are a random sample.
 """
 import argparse
 import json
@@ -18,12 +18,12 @@ import cv2
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SPLITS = ('train', 'val', 'test')
 SIZE = (320, 240)  # width and height of a converted image
-SEED = 0  # of the order of the training images
+SEED = 0  # seed of the order of the training images
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', type=Path, help='the folder BCCD of the data set')
+    parser.add_argument('folder', type=Path, help='folder BCCD of the data set')
     parser.add_argument('--out', type=Path, default=Path('data/bccd'), help='folder to create')
     args = parser.parse_args()
     try:
@@ -33,12 +33,12 @@ def main() -> None:
 
 
 def convert(folder: Path, out: Path) -> None:
-    """Writes ``annotations/SPLIT.json`` and ``SPLIT/*.png`` into ``out``, which appears complete or not at all.
+    """Writes ``annotations/SPLIT.json`` and ``SPLIT/*.png`` into ``out``, completely or not at all.
 
     Raises:
         FileNotFoundError: ``folder`` lacks a file.
-        FileExistsError: ``out`` holds something already.
-        ValueError: an object is of no known class, or a file is damaged.
+        FileExistsError: ``out`` is not empty.
+        ValueError: an object has an unknown class, or a file is damaged.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f'--out: {out} is not empty. Delete it, or choose another directory.')
@@ -60,16 +60,16 @@ def convert(folder: Path, out: Path) -> None:
 
 
 def add_image(folder: Path, name: str, target: Path, book: dict) -> None:
-    """Writes an image into ``target`` and adds it with its boxes to the COCO ``book``; names boxes without area."""
+    """Writes an image into ``target`` and adds it with its boxes to the COCO ``book``. Prints boxes without area."""
     path = folder / f'JPEGImages/{name}.jpg'
     image = cv2.imread(str(path))
     if image is None:
-        raise ValueError(f'{path} is missing or no image')
+        raise ValueError(f'{path} is missing or not an image')
     annotation = folder / f'Annotations/{name}.xml'
     try:
         objects = list(ElementTree.parse(annotation).iter('object'))
     except ElementTree.ParseError as error:
-        raise ValueError(f'{annotation} is no XML: {error}') from None
+        raise ValueError(f'{annotation} is not valid XML: {error}') from None
     scale_x, scale_y = SIZE[0] / image.shape[1], SIZE[1] / image.shape[0]
     image_id = len(book['images'])
     cv2.imwrite(str(target / f'{name}.png'), cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA))

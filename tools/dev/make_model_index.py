@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def pages() -> dict[str, str]:
-    """Returns what the files should hold, by their path from the root of the repository."""
+    """Returns the content of the files, by their path from the root of the repository."""
     found = {}
     for folder, method in METHODS.items():
         models = [entry(file, method) for file in distillations(folder)]
@@ -48,14 +48,14 @@ def pages() -> dict[str, str]:
 
 
 def distillations(folder: str) -> list[Path]:
-    """Returns the configs of a method by data set, those with a name to start from first."""
+    """Returns the configs of a method by data set; those with short names come first."""
     return [*sorted((ROOT / 'configs').glob(f'{folder}_*.py')),
             *(file for data in ('coco', 'imagenet', 'cifar')
               for file in sorted((ROOT / 'configs' / folder / data).glob('*.py')))]
 
 
 def entry(file: Path, method: str) -> dict:
-    """Returns what OpenMMLab's tools read of a config."""
+    """Returns a config's entry for OpenMMLab's tools."""
     cfg = Config.fromfile(file)
     teachers = []
     for _, teacher, weights in teachers_in(cfg.model):
@@ -87,7 +87,7 @@ def data(cfg: Config, file: Path) -> str:
 
 
 def student(file: Path) -> str:
-    """Returns the config that a distillation builds on: the first of its bases that is not one itself."""
+    """Returns the student's config of a distillation: the first of its bases that is not a distillation itself."""
     for base in Config._get_base_files(str(file)):
         if '::' in base:
             return base
@@ -120,7 +120,7 @@ def shown(network: dict) -> str:
 def first_sentence(file: Path) -> str:
     comment = re.match(r'(# .*\n)+', file.read_text())
     if not comment:
-        raise ValueError(f'{file}: expected a comment at its top that says what it is')
+        raise ValueError(f'{file}: expected a comment at the top that describes the config')
     return re.split(r'(?<=\.)\s', comment[0].replace('# ', '').replace('\n', ' '))[0]
 
 

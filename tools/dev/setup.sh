@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes an environment with one of the two stacks and this package: .venv with the official one, or with
-# STACK=modern .venv-modern with the forks for new torch. Run it again at any time: it continues where it was
-# interrupted, and takes a second when all is there.
+# Creates an environment with one of the two stacks and this package: .venv with the official packages or, if
+# STACK=modern, .venv-modern with the forks for new torch. You can run it again at any time: it resumes where it
+# stopped, and takes a second if everything is installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 STACK=${STACK:-official}
@@ -27,33 +27,34 @@ if ! $BIN/python -m pip --version >/dev/null 2>&1; then
     case " $VERSIONS " in
         *" $("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') "*) ;;
         *) echo "setup: the $STACK stack is for Python ${VERSIONS// / or }, and $PYTHON is $("$PYTHON" --version 2>&1);" \
-            "name another with PYTHON=/path/to/python3.11, or, in a stack you have, run: pip install -e ." >&2
+            "set another one with PYTHON=/path/to/python3.11, or use an existing environment: pip install -e ." >&2
            exit 1 ;;
     esac
-    say "1/4 Making $VENV with $("$PYTHON" --version)"
+    say "1/4 Creating $VENV with $("$PYTHON" --version)"
     "$PYTHON" -m venv --clear $VENV
 fi
 
 say "2/4 Installing the pinned packages (2 to 4 minutes the first time, most of it torch)"
 pip_install -q -r "$PINS"
 if ! $BIN/python -c 'import cv2' 2>/dev/null; then
-    say "No display libraries here: OpenCV without windows takes the place of the full one"
+    say "There are no display libraries: installing opencv-python-headless instead of the full OpenCV"
     pip_install -q --force-reinstall "$(grep '^opencv-python-headless' "$PINS")"
 fi
 
 if $BIN/python -c 'import mmcv.ops' 2>/dev/null; then
-    say "3/4 mmcv with compiled ops is there"
+    say "3/4 mmcv with compiled ops is already installed"
 elif pip_install -q --only-binary :all: $MMCV 2>/dev/null; then
     say "3/4 $MMCV installed from a wheel"
 else
     command -v g++ >/dev/null || { echo "setup: compiling mmcv needs g++ (Debian: apt-get install g++)" >&2; exit 1; }
     say "3/4 Compiling the ops of $MMCV, which has no wheel on the index (about 8 minutes on 2 cores, once: pip" \
         "keeps the result)"
-    # mmcv compiles for the GPU by itself where torch sees one, and fails there without nvcc of torch's CUDA
+    # mmcv compiles for the GPU if torch finds one, and fails without nvcc of torch's CUDA version
     CUDA=$($BIN/python -c 'import torch; print(torch.cuda.is_available() and torch.version.cuda.split(".")[0] or "")')
     if [ -n "$CUDA" ] && ! "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --version 2>/dev/null | grep -q "release $CUDA\."; then
-        say "There is a GPU, but no nvcc of CUDA $CUDA, torch's: the ops are compiled for the CPU alone, and detectors" \
-            "will not train on the GPU. With it on the PATH or in CUDA_HOME, remove $VENV and run this again"
+        say "There is a GPU, but no nvcc of torch's CUDA version, $CUDA. The ops are compiled for the CPU alone, and" \
+            "detectors will not train on the GPU. To change this, put nvcc on the PATH or set CUDA_HOME, remove $VENV" \
+            "and run this again"
         export CUDA_VISIBLE_DEVICES=
     fi
     MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} pip_install --no-build-isolation $MMCV

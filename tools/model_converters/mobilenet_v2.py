@@ -1,7 +1,7 @@
 """Converts torchvision's weights of MobileNetV2 to the names of MMDetection's and MMPretrain's backbone.
 
-FILE is a state dict as torchvision publishes it, such as mobilenet_v2-b0353104.pth, under the BSD licence. The
-classifier is left out.
+FILE is a state dict of torchvision, such as mobilenet_v2-b0353104.pth, under the BSD licence. The classifier is left
+out.
 """
 import argparse
 import re
@@ -24,7 +24,7 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('file', type=Path, help='weights with torchvision\'s names')
+    parser.add_argument('file', type=Path, help='weights of torchvision')
     parser.add_argument('--out', type=Path, default=Path('data/mobilenet_v2.pth'), help='file to write')
     args = parser.parse_args()
     try:
@@ -38,10 +38,10 @@ def main() -> None:
 
 
 def convert(key: str) -> str:
-    """Returns the backbone's name of one of torchvision's.
+    """Converts a parameter's name from torchvision to the backbone.
 
     Raises:
-        ValueError: it is none of torchvision's MobileNetV2.
+        ValueError: torchvision's MobileNetV2 does not have this name.
     """
     found = re.fullmatch(r'features\.(\d+)\.(?:conv\.)?([\d.]+)\.(\w+)', key)
     number, place = (int(found[1]), found[2]) if found else (-1, '')
@@ -55,7 +55,7 @@ def convert(key: str) -> str:
         parts = {}
     if place in parts:
         return f'{block}.{parts[place]}.{found[3]}'
-    raise ValueError(f'{key!r} is no name of torchvision\'s MobileNetV2')
+    raise ValueError(f'{key!r} is not a name in torchvision\'s MobileNetV2')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-# CIFAR-100 by the recipe of CRD's benchmark (arXiv 1910.10699), which SoKD keeps, on one GPU; the rest is MMPretrain's.
+# CIFAR-100 with the recipe of CRD's benchmark (arXiv 1910.10699) on one GPU, which SoKD also uses; the rest is
+# MMPretrain's.
 _base_ = [
     'mmpretrain::_base_/datasets/cifar100_bs16.py', 'mmpretrain::_base_/schedules/cifar10_bs128.py',
     'mmpretrain::_base_/default_runtime.py'

@@ -1,4 +1,4 @@
-# CIFAR-10 by the recipe of AMD's authors, on one GPU; the rest is MMPretrain's.
+# CIFAR-10 with the recipe of AMD's authors on one GPU; the rest is MMPretrain's.
 _base_ = [
     'mmpretrain::_base_/datasets/cifar10_bs16.py', 'mmpretrain::_base_/schedules/cifar10_bs128.py',
     'mmpretrain::_base_/default_runtime.py'

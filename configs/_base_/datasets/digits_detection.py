@@ -1,4 +1,4 @@
-# Real handwritten digits on photographs; `python tools/dataset_converters/make_digits.py` makes them.
+# Real handwritten digits on photographs; `python tools/dataset_converters/make_digits.py` creates them.
 data_root = 'data/digits/'
 data_command = 'python tools/dataset_converters/make_digits.py'
 metainfo = dict(classes=tuple('0123456789'))
@@ -10,7 +10,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),  # only notes the scale factor of 1
+    dict(type='Resize', scale=(128, 128), keep_ratio=True),  # only sets the scale factor to 1
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',

@@ -1,4 +1,5 @@
-# MMDetection has no Faster R-CNN R18 of its 1x schedule; this is its R50's with the R18 that it puts into others.
+# MMDetection has no Faster R-CNN R18 config with the 1x schedule. This is its R50 config with the R18 backbone of its
+# other configs.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py']
 
 model = dict(

@@ -1,6 +1,7 @@
-# Faster R-CNN R101 teaches Faster R-CNN R50 on COCO; the student's model, data and schedule are MMDetection's.
-# SoKD's pairs train for 180k iterations at learning rate 0.01, x0.1 at 120k and 160k. With the 8 images of ReviewKD,
-# whose pairs and schedule these are, that is 12 epochs: MMDetection's 1x, which has 16 images and 0.02.
+# Faster R-CNN R101 teaches Faster R-CNN R50 on COCO; the student's model, data and schedule are MMDetection's. SoKD
+# trains its pairs for 180k iterations at learning rate 0.01, x0.1 at 120k and 160k. The pairs and the schedule are
+# those of ReviewKD, with batch size 8, so this is 12 epochs. It corresponds to MMDetection's 1x schedule with batch
+# size 16 and learning rate 0.02.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py']
 
 model = dict(

@@ -8,4 +8,4 @@ model = dict(
     architecture=_base_.model,
     teacher=dict(cfg_path='mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
     teacher_ckpt='https://download.openmmlab.com/mmdetection/v2.0/faster_rcnn/faster_rcnn_r50_fpn_1x_coco/faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth',  # noqa: E501
-    inherit=['neck', 'rpn_head', 'roi_head'])  # of the neck, all but the lateral convolutions
+    inherit=['neck', 'rpn_head', 'roi_head'])  # in the neck, all but the lateral convolutions

@@ -1,6 +1,6 @@
 # FCOS R101 teaches RetinaNet R50 on COCO; the student's model, data and schedule are MMDetection's. The teacher is
-# caffe-style (BGR, no division by a standard deviation): it gets every batch in that form. Nothing is inherited,
-# because the heads have another task each and the necks serve them.
+# caffe-style (BGR, no division by the standard deviation) and gets every batch in that form. Nothing is inherited,
+# because the heads have different tasks and the necks serve them.
 _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
 
 model = dict(

@@ -1,5 +1,4 @@
-# ResNet-32x4 teaches ResNet-8x4 on CIFAR-100. The teacher is to be trained first, with
-# configs/cifar/resnet32x4_b64_cifar100.py.
+# ResNet-32x4 teaches ResNet-8x4 on CIFAR-100. Train the teacher first, with configs/cifar/resnet32x4_b64_cifar100.py.
 _base_ = ['../../cifar/resnet8x4_b64_cifar100.py']
 
 model = dict(

@@ -1,5 +1,5 @@
-# ResNet50 teaches MobileNetV2 on ImageNet, by the papers' schedule of 100 epochs instead of MMPretrain's own of 300.
-# Their student is often MobileNetV1, which MMPretrain does not have.
+# ResNet50 teaches MobileNetV2 on ImageNet, with the papers' schedule of 100 epochs instead of MMPretrain's 300. The
+# papers often use MobileNetV1 as the student, which MMPretrain does not have.
 _base_ = [
     'mmpretrain::_base_/models/mobilenet_v2_1x.py', 'mmpretrain::_base_/datasets/imagenet_bs32.py',
     'mmpretrain::_base_/schedules/imagenet_bs256.py', 'mmpretrain::_base_/default_runtime.py'

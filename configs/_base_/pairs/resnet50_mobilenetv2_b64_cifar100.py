@@ -1,5 +1,5 @@
-# ResNet50 teaches MobileNetV2 of half width on CIFAR-100. The teacher is MMPretrain's, of another recipe than the
-# benchmark's: 79.90 instead of 79.34 top-1.
+# ResNet50 teaches MobileNetV2 of half width on CIFAR-100. The teacher is that of MMPretrain. Its recipe differs from
+# the benchmark's: 79.90 instead of 79.34 top-1.
 _base_ = ['../../cifar/mobilenetv2_b64_cifar100.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# VGG-13 teaches VGG-8 on CIFAR-100. The teacher is to be trained first, with configs/cifar/vgg13_b64_cifar100.py.
+# VGG-13 teaches VGG-8 on CIFAR-100. Train the teacher first, with configs/cifar/vgg13_b64_cifar100.py.
 _base_ = ['../../cifar/vgg8_b64_cifar100.py']
 
 model = dict(

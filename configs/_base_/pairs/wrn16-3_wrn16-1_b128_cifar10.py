@@ -1,4 +1,4 @@
-# WRN-16-3 teaches WRN-16-1 on CIFAR-10. The teacher is to be trained first, with configs/cifar/wrn16-3_b128_cifar10.py.
+# WRN-16-3 teaches WRN-16-1 on CIFAR-10. Train the teacher first, with configs/cifar/wrn16-3_b128_cifar10.py.
 _base_ = ['../../cifar/wrn16-1_b128_cifar10.py']
 
 model = dict(

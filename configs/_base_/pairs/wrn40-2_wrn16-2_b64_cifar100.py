@@ -1,5 +1,4 @@
-# WRN-40-2 teaches WRN-16-2 on CIFAR-100. The teacher is to be trained first, with
-# configs/cifar/wrn40-2_b64_cifar100.py.
+# WRN-40-2 teaches WRN-16-2 on CIFAR-100. Train the teacher first, with configs/cifar/wrn40-2_b64_cifar100.py.
 _base_ = ['../../cifar/wrn16-2_b64_cifar100.py']
 
 model = dict(

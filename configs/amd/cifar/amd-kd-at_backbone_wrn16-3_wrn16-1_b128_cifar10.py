@@ -1,4 +1,4 @@
-# AMD with KD, and AT beside it at the same stages, with the weight of CRD's benchmark.
+# AMD with KD, and AT at the same stages with the weight of CRD's benchmark.
 _base_ = './amd-kd_backbone_wrn16-3_wrn16-1_b128_cifar10.py'
 
 model = dict(

@@ -1,6 +1,6 @@
 # AMD with KD at three stages, ResNet34 to ResNet18, CIFAR-10.
-# The objective of the paper: 0.1 CE + 0.9 KD (temperature 4) + gamma * sum of AMD over three stages. The paper does not
-# print gamma; 3000 / 3 is what the same group gives such a sum in its next work.
+# The objective is that of the paper: 0.1 CE + 0.9 KD (temperature 4) + gamma * sum of AMD over three stages. The paper
+# does not publish gamma; 3000 / 3 is the value that the same group uses for such a sum in its next work.
 _base_ = '../../_base_/pairs/resnet34_resnet18_b128_cifar10.py'
 
 model = dict(

@@ -1,5 +1,5 @@
 # AMD with KD from two teachers at three stages, WRN-28-3 and WRN-16-3 to WRN-16-1, CIFAR-10.
-# The objective is that of one teacher, and each of the two has half of its weight in it. Both are to be trained first.
+# The losses of each teacher have half of the weight that they have with one teacher. Train both teachers first.
 _base_ = './amd-kd_backbone_wrn16-3_wrn16-1_b128_cifar10.py'
 
 half = dict(_base_.model.distiller, amd=dict(loss_weight=500.0),

@@ -1,6 +1,6 @@
 # AMD with KD at three stages, WRN-28-3 to WRN-28-1, CIFAR-10.
-# The objective of the paper: 0.1 CE + 0.9 KD (temperature 4) + gamma * sum of AMD over three stages. The paper does not
-# print gamma; 3000 / 3 is what the same group gives such a sum in its next work.
+# The objective is that of the paper: 0.1 CE + 0.9 KD (temperature 4) + gamma * sum of AMD over three stages. The paper
+# does not publish gamma; 3000 / 3 is the value that the same group uses for such a sum in its next work.
 _base_ = '../../_base_/pairs/wrn28-3_wrn28-1_b128_cifar10.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# AMD without KD, ResNet50 to MobileNetV2, ImageNet. The classification loss keeps its weight of 1: our choice.
+# AMD without KD, ResNet50 to MobileNetV2, ImageNet. The classification loss keeps its weight of 1, which is our choice.
 _base_ = '../../_base_/pairs/resnet50_mobilenetv2_8xb32_in1k.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# MobileNetV2 with the teacher's head and FPN convolutions; what experiments with it start from.
+# MobileNetV2 with the teacher's head and FPN convolutions. Experiments with MobileNetV2 start from this config.
 _base_ = './retinanet_mobilenetv2_bccd-60.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# The student from the teacher's head and FPN convolutions, without distillation. Every experiment on BCCD is this
-# config with another distiller (tools/benchmarks/gain_tasks.py).
+# The student starts from the teacher's head and FPN convolutions, without distillation. Every experiment on BCCD is
+# this config with another distiller (tools/benchmarks/gain_tasks.py).
 _base_ = './retinanet_r18-c16_bccd-60.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# The student: the teacher's detector on a quarter-width ResNet18, with labels for 60 of the 205 training images only,
-# so that the teacher knows something that the student's labels do not tell.
+# The student: the teacher's detector with a quarter-width ResNet18. It has labels for 60 of the 205 training images
+# only, so that the teacher knows more than these labels.
 _base_ = './retinanet_r18-c32_bccd.py'
 model = dict(
     backbone=dict(base_channels=16),

@@ -1,5 +1,5 @@
 # The teacher: the digits' detector on photographs of blood at 320 x 240, where P3 is 40 x 30, with all 205 training
-# images. `val` is for tuning; only reported runs see `test`.
+# images. `val` is for tuning; only reported runs use `test`.
 _base_ = '../digits/retinanet_r18-c32_digits.py'
 
 data_root = 'data/bccd/'
@@ -14,7 +14,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(320, 240), keep_ratio=True),  # only notes the scale factor of 1
+    dict(type='Resize', scale=(320, 240), keep_ratio=True),  # only sets the scale factor to 1
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',

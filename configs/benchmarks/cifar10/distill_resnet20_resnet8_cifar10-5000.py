@@ -1,5 +1,5 @@
-# What every experiment on CIFAR-10 is with a distiller of its own (tools/benchmarks/gain_tasks.py); as it stands, the
-# student alone beside a teacher that it does not listen to.
+# The base of every experiment on CIFAR-10, which adds its own distiller (tools/benchmarks/gain_tasks.py). Without a
+# distiller, the student trains alone, and the teacher has no effect.
 _base_ = './resnet8_cifar10-5000.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# The teacher: ResNet-20 with 45,000 labels. The other 5,000 training images are for tuning; only reported runs see the
+# The teacher: ResNet-20 with 45,000 labels. The other 5,000 training images are for tuning; only reported runs use the
 # test images.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 

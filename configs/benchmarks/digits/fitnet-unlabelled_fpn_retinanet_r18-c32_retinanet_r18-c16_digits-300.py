@@ -1,4 +1,4 @@
-# FitNet with the other 1,300 training images beside the 300, without their labels: 8 of each in a step.
+# FitNet with the other 1,300 training images as unlabelled images. Each step has 8 labelled and 8 unlabelled images.
 _base_ = './fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
 
 train_cfg = dict(

@@ -1,4 +1,4 @@
-# FitNet at every level of the pyramid: the base that SoKD builds on, by itself.
+# FitNet at every level of the pyramid: the base of SoKD alone.
 _base_ = './inherit_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
 
 model = dict(

@@ -1,4 +1,5 @@
-# The student alone, but starting from the teacher's head and FPN convolutions: what inheriting gives by itself.
+# The student alone, but it starts from the teacher's head and FPN convolutions. It shows the gain of the inherited
+# start.
 _base_ = './retinanet_r18-c16_digits-300.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# The teacher: RetinaNet on a ResNet18 of half the usual width, all 1,600 training images.
-# From scratch, so with GroupNorm in neck and head (as mmdet's configs/scratch does).
+# The teacher: RetinaNet with a ResNet18 of half the usual width, on all 1,600 training images. It is trained from
+# scratch and therefore has GroupNorm in neck and head, as in MMDetection's configs/scratch.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     '../../_base_/datasets/digits_detection.py',

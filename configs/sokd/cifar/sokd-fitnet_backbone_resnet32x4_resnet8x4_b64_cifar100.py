@@ -1,5 +1,5 @@
 # SoKD on FitNet at layer2, ResNet-32x4 to ResNet-8x4, CIFAR-100. FitNet's weight is that of CRD's benchmark (arXiv
-# 1910.10699), the layer the one that the only known code of SoKD reads. The policy is searched in the first 20 of 240
+# 1910.10699), and the layer is that of the only known code of SoKD. The policy is searched in the first 20 of 240
 # epochs.
 _base_ = '../../_base_/pairs/resnet32x4_resnet8x4_b64_cifar100.py'
 

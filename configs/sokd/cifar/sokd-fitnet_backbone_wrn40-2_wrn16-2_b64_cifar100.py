@@ -1,5 +1,5 @@
 # SoKD on FitNet at layer2, WRN-40-2 to WRN-16-2, CIFAR-100. FitNet's weight is that of CRD's benchmark (arXiv
-# 1910.10699), the layer the one that the only known code of SoKD reads. The policy is searched in the first 20 of 240
+# 1910.10699), and the layer is that of the only known code of SoKD. The policy is searched in the first 20 of 240
 # epochs.
 _base_ = '../../_base_/pairs/wrn40-2_wrn16-2_b64_cifar100.py'
 

@@ -6,6 +6,6 @@ model = dict(
         type='mmkd_plugin.SoKDDistiller',
         layers=['neck'],
         base='pkd',
-        dam=dict(detect_loss_weight=0.3, area_loss_weight=0.9)))  # at the defaults, DAM outweighs the task
+        dam=dict(detect_loss_weight=0.3, area_loss_weight=0.9)))  # with the defaults, DAM outweighs the task
 optim_wrapper = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor')
 custom_hooks = [dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=2)]

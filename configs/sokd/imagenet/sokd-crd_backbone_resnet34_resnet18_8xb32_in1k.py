@@ -1,4 +1,4 @@
-# SoKD on CRD, which pools and embeds the refined last stage, ResNet34 to ResNet18, ImageNet. CRD's memory of all
+# SoKD on CRD, which pools and embeds the refined last stage, ResNet34 to ResNet18, ImageNet. CRD's memory bank of all
 # images, 1.3 GB, is in every checkpoint.
 _base_ = '../../_base_/pairs/resnet34_resnet18_8xb32_in1k.py'
 

@@ -1,5 +1,5 @@
-# SoKD on CRD, which pools and embeds the refined last stage, ResNet50 to MobileNetV2, ImageNet. CRD's memory of all
-# images, 1.3 GB, is in every checkpoint.
+# SoKD on CRD, which pools and embeds the refined last stage, ResNet50 to MobileNetV2, ImageNet. CRD's memory bank of
+# all images, 1.3 GB, is in every checkpoint.
 _base_ = '../../_base_/pairs/resnet50_mobilenetv2_8xb32_in1k.py'
 
 model = dict(

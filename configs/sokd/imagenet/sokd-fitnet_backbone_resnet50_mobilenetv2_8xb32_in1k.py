@@ -1,5 +1,5 @@
-# SoKD on FitNet at the teacher's layer2, ResNet50 to MobileNetV2, ImageNet. The weight is CIFAR-100's, from CRD's
-# benchmark (arXiv 1910.10699); for ImageNet none is published.
+# SoKD on FitNet at the teacher's layer2, ResNet50 to MobileNetV2, ImageNet. The weight is that of CRD's benchmark
+# (arXiv 1910.10699) for CIFAR-100; none is published for ImageNet.
 _base_ = '../../_base_/pairs/resnet50_mobilenetv2_8xb32_in1k.py'
 
 model = dict(

@@ -1,6 +1,6 @@
 # SoKD on ReviewKD over all four stages, ResNet50 to MobileNetV2, ImageNet. ReviewKD warms up for an epoch; the policy
 # is searched in the first 5 of 100 epochs. Weight and width are those of ReviewKD's authors for MobileNetV1, the
-# nearest published.
+# closest published network.
 _base_ = '../../_base_/pairs/resnet50_mobilenetv2_8xb32_in1k.py'
 
 model = dict(

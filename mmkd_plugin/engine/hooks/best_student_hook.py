@@ -1,4 +1,4 @@
-"""Keeps the best student of a run as a file of its own."""
+"""Hook that keeps the best student of a run as a plain checkpoint."""
 from math import isfinite
 from pathlib import Path
 
@@ -18,24 +18,25 @@ from . import safe_checkpoint_hook  # noqa: F401  registers the storage
 
 @HOOKS.register_module()
 class BestStudentHook(Hook):
-    """Keeps ``student_best.pth`` in the work dir, which plain MMDetection or MMPretrain loads at any moment.
+    """Keeps the best student in ``student_best.pth`` in the work dir, for plain MMDetection or MMPretrain.
 
-    It is what :func:`export_student` would make of the best checkpoint: after each validation that is the best yet, by
-    the rule of MMEngine's ``CheckpointHook(save_best=...)``, exactly the weights that were validated, which are the
-    averaged ones under ``EMAHook``. The file is replaced as a whole; its ``meta['best']`` says what it is the best at.
-    A resumed run in the same work dir begins with the score in that file, a new one with none. Under distributed
-    training the first process writes.
+    The hook writes the file after each validation that is better than all before, as :func:`export_student` would. The
+    comparison is that of MMEngine's ``CheckpointHook(save_best=...)``. The weights are exactly those that were
+    validated: with ``EMAHook``, the averaged ones. The file is replaced in one step. Its ``meta['best']`` has the
+    metric and the score. A resumed run in the same work dir starts with the score in this file, a new run with none.
+    In distributed training, the first process writes.
+
+    If the hook cannot infer whether a larger metric is better, it logs a warning and keeps no file.
 
     Args:
         save_best: name of the metric; 'auto' is the first that ends in mAP, top1 or accuracy, else the first number.
         rule: 'greater' or 'less'; None infers it from the name, as ``CheckpointHook`` does.
 
     Raises:
-        ValueError: there is no validation; the model is sharded by FSDP; the first validation lacks the metric. Where
-            nothing tells whether more of it is better, a warning says so, and no file is kept.
+        ValueError: there is no validation, the model is sharded by FSDP, or the first validation lacks the metric.
     """
 
-    priority = 'HIGHEST'  # EMAHook takes the averaged weights out of the model again in after_val_epoch
+    priority = 'HIGHEST'  # in after_val_epoch, EMAHook removes the averaged weights from the model
 
     def __init__(self, save_best: str = 'auto', rule: str | None = None) -> None:
         if rule not in ('greater', 'less', None):
@@ -48,10 +49,10 @@ class BestStudentHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         if runner.val_loop is None:
-            raise ValueError('BestStudentHook keeps the student that validates best, but val_dataloader is None; give '
-                             'the config one, or take the hook out')
+            raise ValueError('BestStudentHook: val_dataloader is None, but the hook needs a validation. Set '
+                             'val_dataloader, or remove the hook')
         if isinstance(runner.model, MMFullyShardedDataParallel):
-            raise ValueError('BestStudentHook: FSDP leaves no process a whole student; take the hook out')
+            raise ValueError('BestStudentHook: with FSDP, no process has all weights of the student. Remove the hook')
         self._training = True
         self.path = Path(runner.work_dir, 'student_best.pth')
         self._text = None
@@ -71,31 +72,31 @@ class BestStudentHook(Hook):
         if metric is None:
             return
         if metric not in metrics:
-            raise ValueError(f'BestStudentHook.save_best: the evaluator returns no {metric!r}, but '
+            raise ValueError(f'BestStudentHook.save_best: the evaluator does not return {metric!r}, expected one of '
                              f'{", ".join(metrics)}')
         if not isinstance(metrics[metric], (int, float)):
-            raise ValueError(f'BestStudentHook.save_best: {metric!r} is no number, but a '
+            raise ValueError(f'BestStudentHook.save_best: {metric!r} must be a number, got a '
                              f'{type(metrics[metric]).__name__}')
         score = float(metrics[metric])
         if self.best is not None and self.best['metric'] != metric:
-            runner.logger.warning(f'BestStudentHook: {self.path} is the best at {self.best["metric"]}; it gives way to '
-                                  f'the best at {metric}')
+            runner.logger.warning(f'BestStudentHook: {self.path} has the student with the best {self.best["metric"]}. '
+                                  f'The student with the best {metric} replaces it')
             self.best = None
         rule = self._rule_of(metric, runner)
         best = self.best['score'] if self.best else CheckpointHook.init_value_map.get(rule)
         if rule is None or not CheckpointHook.rule_map[rule](score, best):
             return
         self.best = dict(metric=metric, score=score, epoch=runner.epoch, iter=runner.iter)
-        if is_main_process():  # all judge, so that all stop where the metric is wrong
+        if is_main_process():  # all processes compare, so that all stop if the metric is wrong
             self._write(runner)
-        runner.logger.info(f'{self.path}: the best student yet, {metric} {score:.4f}')
+        runner.logger.info(f'{self.path}: the best student so far, {metric} {score:.4f}')
 
     def _rule_of(self, metric: str, runner: Runner) -> str | None:
         try:
             return CheckpointHook(save_best=metric, rule=self.rule).rules[0]
         except ValueError:
-            runner.logger.warning(f'BestStudentHook: nothing in the name of {metric!r} says whether more is better, so '
-                                  f"{self.path.name} is not kept; give the hook rule='greater' or rule='less'")
+            runner.logger.warning(f'BestStudentHook: cannot infer from the name {metric!r} whether larger is better. '
+                                  f"{self.path.name} is not written. Set rule='greater' or rule='less'")
             return None
 
     def _write(self, runner: Runner) -> None:
@@ -111,6 +112,6 @@ class BestStudentHook(Hook):
 
 
 def _main_metric(metrics: dict) -> str | None:
-    """Returns the one that stands for the others, which may be of single classes, or no numbers at all."""
+    """Returns the main metric. The others may be of single classes, or not numbers."""
     numbers = [name for name, value in metrics.items() if isinstance(value, (int, float)) and isfinite(value)]
     return next((name for name in numbers if name.endswith(('mAP', 'top1', 'accuracy'))), next(iter(numbers), None))

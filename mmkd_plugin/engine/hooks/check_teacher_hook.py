@@ -1,4 +1,4 @@
-"""Checks that the teacher reaches its known metrics, and that it is better than its student."""
+"""Hook that checks that the teacher reaches its known metrics and is better than the student."""
 from math import isfinite
 
 from mmengine.hooks import Hook
@@ -14,25 +14,25 @@ from ...models.recording import undisturbed
 from ...registry import HOOKS
 from ...utils import check_number
 
-_SLACK = 0.05  # below what is known, relative to it, before it is worth a warning
+_SLACK = 0.05  # relative shortfall against the known metric that causes a warning
 
 
 @HOOKS.register_module()
 class CheckTeacherHook(Hook):
     """Evaluates the teacher on the validation set before the first step, and warns when the student has caught up.
 
-    The teacher gets its images as in distillation: from the student's preprocessor, in the form that the teacher
-    expects. So a wrong checkpoint, normalisation or channel order shows. The log has its metrics beside the known
-    ones. ``tools/train.py --check-teacher`` adds this hook. The hook does not change the training.
+    The teacher gets its images as in the distillation: from the student's preprocessor, in the form that the teacher
+    expects. Therefore the check detects a wrong checkpoint, normalisation or channel order. The log has the metrics
+    next to the known ones. ``tools/train.py --check-teacher`` adds this hook. The hook does not change the training.
 
     Args:
-        expected: known metrics by the name that the evaluator gives them, such as ``{'coco/bbox_mAP': 0.365}``, with
-            several teachers ``{'NAME.coco/bbox_mAP': 0.365}``; by default those in the metafile of a teacher by
-            ``cfg_path`` of MMDetection or MMPretrain.
+        expected: known metrics by the evaluator's name, such as ``{'coco/bbox_mAP': 0.365}``, or with several teachers
+            ``{'NAME.coco/bbox_mAP': 0.365}``. If the teacher is a config of MMDetection or MMPretrain by ``cfg_path``,
+            the default is the metrics in its metafile.
 
     Raises:
-        ValueError: ``expected`` is no dict of numbers; at the start of training: there is no teacher, no validation
-            set, or the teacher has another number of classes.
+        ValueError: ``expected`` is not a dict of numbers; at the start of training: there is no teacher or no
+            validation set, or the teacher has another number of classes.
     """
 
     def __init__(self, expected: dict[str, float] | None = None) -> None:
@@ -49,12 +49,12 @@ class CheckTeacherHook(Hook):
         if not isinstance(model, TeacherStudentDistill):
             raise ValueError(f'CheckTeacherHook: a {type(model).__name__} has no teacher')
         if runner._val_loop is None:
-            raise ValueError('CheckTeacherHook: the teacher is evaluated on the validation set, but the config has no '
+            raise ValueError('CheckTeacherHook: needs a validation set to evaluate the teacher, but the config has no '
                              'val_dataloader, val_evaluator and val_cfg')
         for teacher in model.teachers.values():
             classes = num_classes(model.student), num_classes(teacher.network)
             if classes[0] != classes[1]:
-                raise ValueError(f'CheckTeacherHook: the validation set is of the student\'s {classes[0]} classes, and '
+                raise ValueError(f'CheckTeacherHook: the validation set has the student\'s {classes[0]} classes, and '
                                  f'{teacher.title} has {classes[1]}')
         configs = {name.removeprefix('.'): config for name, config, _ in teachers_in(runner.cfg.get('model', {}))}
         for name, teacher in model.teachers.items():
@@ -77,9 +77,9 @@ class CheckTeacherHook(Hook):
             runner.logger.info(f'{title} on the validation set: {name}: {value:.4g}{beside}')
             if name in known and not value >= known[name] * (1 - _SLACK):
                 runner.logger.warning(
-                    f'{title} reaches {name} {value:.4g}, not the {known[name]:.4g} {source}. Is it the right '
-                    'checkpoint, do its classes come in the order of the data, are its normalisation, channel '
-                    'order and image size those of this config, and is this the data that the figure is of?')
+                    f'{title} reaches {name} {value:.4g}, not the {known[name]:.4g} {source}. Check that the '
+                    'checkpoint is right, that its classes are in the order of the data, that normalisation, channel '
+                    'order and image size are those of the teacher, and that the known metric is of this data.')
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Compares the first metric that student and teachers share; MMEngine's ``save_best='auto'`` takes it too."""
@@ -93,8 +93,7 @@ class CheckTeacherHook(Hook):
                 self.told.add(teacher)
                 runner.logger.warning(
                     f'{_title(teacher)}, {name} {found[name]:.4g}, is no better than the student\'s best, '
-                    f'{self.best:.4g}: it has little left to teach. Take a better one, or end the distillation '
-                    '(mmrazor.StopDistillHook).')
+                    f'{self.best:.4g}. Use a better teacher, or end the distillation with mmrazor.StopDistillHook.')
 
 
 def _title(name: str) -> str:
@@ -102,9 +101,9 @@ def _title(name: str) -> str:
 
 
 def evaluate_teacher(model: TeacherStudentDistill, loop: ValLoop, name: str = '') -> dict[str, float]:
-    """Returns the metrics of a teacher, fed as in distillation, on the data and with the evaluator of ``loop``.
+    """Returns the metrics of a teacher on the data of ``loop``, with images prepared as in the distillation.
 
-    The caller sees to eval mode and random states.
+    The caller must set eval mode and restore random states.
     """
     teacher = model.teachers[name]
     for batch in loop.dataloader:

@@ -1,4 +1,4 @@
-"""Compiles the student without losing what is recorded in it."""
+"""Hook that compiles the student with ``torch.compile`` and keeps its recorders working."""
 from collections.abc import Iterator
 
 import torch
@@ -13,17 +13,17 @@ from ...registry import HOOKS
 
 @HOOKS.register_module()
 class CompileStudentHook(Hook):
-    """Compiles the largest parts of the student that have no recorder within, by ``torch.compile``.
+    """Compiles the largest parts of the student without a recorder inside, using ``torch.compile``.
 
-    MMEngine's ``compile=True`` compiles the whole training step. There recorders, which are hooks of modules, may be
-    skipped, and MMDetection's losses, whose shapes vary, may fail (both seen with torch 2.1). Here what is recorded
-    is what a compiled part puts out. Losses and teacher are not compiled, and checkpoints stay as they are.
+    MMEngine's ``compile=True`` compiles the whole training step. That may skip recorders, which are module hooks, and
+    MMDetection's losses may fail, because their shapes vary (both seen with torch 2.1). With this hook, recorders read
+    the outputs of compiled parts. Losses and teacher are not compiled, and checkpoints do not change.
 
     Args:
         backend: as in ``torch.compile``.
 
     Raises:
-        ValueError: before training: the model has no student.
+        ValueError: the model has no student (raised before training).
     """
 
     def __init__(self, backend: str = 'inductor') -> None:
@@ -32,13 +32,13 @@ class CompileStudentHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not hasattr(model, 'student'):
-            raise ValueError(f'CompileStudentHook: {type(model).__name__} has no student; for a plain model set '
+            raise ValueError(f'CompileStudentHook: {type(model).__name__} has no student. For a plain model, set '
                              'compile=True in the config')
         runner.logger.info(f'Compiled parts of the student: {", ".join(compile_student(model, self.backend))}')
 
 
 def compile_student(model: BaseAlgorithm, backend: str = 'inductor') -> list[str]:
-    """Compiles what :class:`CompileStudentHook` does, and returns the names of the parts."""
+    """Compiles the parts that :class:`CompileStudentHook` compiles, and returns their names."""
     distillers = model.distiller.values() if isinstance(model.distiller, nn.ModuleDict) else [model.distiller]
     recorded = {recorder.source for distiller in distillers
                 for recorder in distiller.student_recorders.recorders.values()}
@@ -49,7 +49,7 @@ def compile_student(model: BaseAlgorithm, backend: str = 'inductor') -> list[str
 
 
 def _parts(module: nn.Module, recorded: set[str], prefix: str = '') -> Iterator[tuple[str, nn.Module]]:
-    """Yields the largest modules with parameters within which nothing is recorded."""
+    """Yields the largest modules that have parameters and no recorder inside."""
     for name, child in module.named_children():
         path = prefix + name
         if any(source.startswith(f'{path}.') for source in recorded):

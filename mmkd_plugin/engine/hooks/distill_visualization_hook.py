@@ -1,4 +1,4 @@
-"""Pictures of a distillation, in the visualizer of the run."""
+"""Hook that draws pictures of a distillation with the visualizer of the run."""
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -16,30 +16,30 @@ _HISTORY = 'policy_history'  # in the message hub, which checkpoints keep
 
 @HOOKS.register_module()
 class DistillVisualizationHook(Hook):
-    """Draws what student and teacher see in the first images of the validation set, and what DAFA has learned.
+    """Draws attention, areas and logits of student and teacher on the first validation images, and DAFA's policy.
 
-    Pictures go to all ``vis_backends`` of the visualizer, such as files and TensorBoard, under these names:
+    The pictures go to all ``vis_backends`` of the visualizer, such as files and TensorBoard, under these names:
 
     ``distill_0``, ``distill_1``, ...
-        One an image, with a row for each map of the distiller's layers: the attention (mean square over
-        channels) of teacher and student; with DAM, the heatmap that it sees in each and its areas; with AMD, the
-        positive and the negative map that it makes of each.
+        One per image, with a row for each map of the distiller's layers: the attention (mean square over channels)
+        of teacher and student; with DAM, its heatmap of each and its areas; with AMD, the positive and the negative
+        map of each.
     ``distill_policy``
-        With DAFA: over the iterations, the chance that a batch gets an operation, and how undecided the selection
-        is. It goes on after a resume, and ends where the search does.
+        With DAFA: the probability that an operation is applied to a batch, and the entropy of the selection, over the
+        iterations. The curves continue after a resume and end with the search.
 
-    With several teachers, the rows and the policies (``distill_policy_NAME``) of each are drawn.
+    With several teachers, the pictures have the rows of each, and each policy is ``distill_policy_NAME``.
 
-    Both are drawn before training, every ``interval`` iterations and after the last one. The forwards are the
-    hook's own, in eval mode and float32: training is to the bit the same as without it, and costs nothing more
-    between pictures. The chances and their iterations are in the message hub too, as ``policy_history``.
+    The hook draws before training, every ``interval`` iterations and after the last one. It runs its own forward
+    passes in eval mode and float32. Training stays bit-identical, and there is no cost between pictures. The
+    probabilities and their iterations are also in the message hub, as ``policy_history``.
 
     Args:
-        interval: in iterations.
-        num_images: at most so many images.
+        interval: interval in iterations.
+        num_images: largest number of images.
 
     Raises:
-        ValueError: an argument is no positive whole number; before training: the model is no
+        ValueError: an argument is not a positive whole number; before training: the model is not a
             :class:`TeacherStudentDistill`, its distiller has no feature maps to draw, or there is no validation set.
     """
 
@@ -51,8 +51,8 @@ class DistillVisualizationHook(Hook):
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check_drawable(self.model)
         if runner.val_loop is None:
-            raise ValueError('DistillVisualizationHook draws images of the validation set, but val_dataloader is None; '
-                             'give the config one, or take the hook out')
+            raise ValueError('DistillVisualizationHook: val_dataloader is None, but the hook draws validation images. '
+                             'Set val_dataloader, or remove the hook')
         if not is_main_process():
             return
         loader = runner.val_loop.dataloader

@@ -1,4 +1,4 @@
-"""Begins and ends SoKD's policy search, and shows how it went."""
+"""Hook that starts and ends SoKD's policy search and logs the policy."""
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -11,28 +11,28 @@ from ..optimizers.policy_optim_wrapper import PolicyOptimWrapper
 
 @HOOKS.register_module()
 class FreezePolicyHook(Hook):
-    """Searches with every :class:`DAFA` of the model for so many epochs or iterations, and then freezes it.
+    """Runs the policy search of every :class:`DAFA` of the model for some epochs or iterations, then freezes it.
 
-    Before the search, the teacher is not refined. After it, the policy is sampled and no longer learned. What a
-    policy does is in its checkpoint, and a frozen one stays frozen. During the search, every epoch (in loops by
-    iteration: every pass over the data) ends with the policy as a table in the log and as scalars ``policy/...``
-    in the visualizer and the message hub.
+    Before the search, the teacher is not refined. After it, the policy is still sampled, but no longer trained. The
+    state of a policy is in checkpoints, and a frozen policy stays frozen. During the search, the hook logs the policy
+    at the end of every epoch (in iteration-based loops, of every pass over the data): as a table in the log, and as
+    scalars ``policy/...`` in the visualizer and the message hub.
 
     Args:
-        search_epochs: How many epochs to search.
-        search_iters: How many iterations to search, instead.
-        begin: The epoch or iteration, counted from 0, with which the search begins.
+        search_epochs: Number of epochs to search.
+        search_iters: Number of iterations to search. Give either this or ``search_epochs``.
+        begin: Epoch or iteration at which the search starts, counted from 0.
 
     Raises:
         ValueError: Not exactly one of ``search_epochs`` and ``search_iters`` is given; before training: the model
-            has no policy, or an unfrozen one has no optimiser of its own.
+            has no policy, or a policy that is not frozen has no optimizer.
     """
 
     priority = 'NORMAL'
 
     def __init__(self, search_epochs: int | None = None, search_iters: int | None = None, begin: int = 0) -> None:
         if (search_epochs is None) == (search_iters is None):
-            raise ValueError('FreezePolicyHook takes either search_epochs or search_iters, '
+            raise ValueError('FreezePolicyHook: expected either search_epochs or search_iters, '
                              f'got {search_epochs} and {search_iters}')
         self.by_epoch = search_epochs is not None
         self.begin = check_number('FreezePolicyHook.begin', begin, least=0, whole=True)
@@ -47,10 +47,10 @@ class FreezePolicyHook(Hook):
         self.policies = {'policy' if len(policies) == 1 else f'policy_{i}': policy
                          for i, policy in enumerate(policies)}
         if not policies:
-            raise ValueError(f'FreezePolicyHook: {type(model).__name__} has no DAFA: give the distiller '
-                             'dafa=dict(...), or take the hook out')
+            raise ValueError(f'FreezePolicyHook: {type(model).__name__} has no DAFA. Set dafa=dict(...) in the '
+                             'distiller, or remove the hook')
         if not isinstance(runner.optim_wrapper, PolicyOptimWrapper) and not self.frozen:
-            raise ValueError('FreezePolicyHook: the policy would be trained by the optimizer of the student; set '
+            raise ValueError('FreezePolicyHook: the policy would be trained by the optimizer of the student. Set '
                              "optim_wrapper.constructor='mmkd_plugin.PolicyOptimWrapperConstructor'")
 
     @property
@@ -65,15 +65,15 @@ class FreezePolicyHook(Hook):
                 continue
             if now >= self.end:
                 policy.freeze()
-                runner.logger.info(f'The search of {name} is over after {runner.iter} iterations; it is frozen:\n'
+                runner.logger.info(f'The search of {name} ended after {runner.iter} iterations. It is frozen:\n'
                                    f'{policy.summary()}')
             elif now < self.begin and not policy.waiting:
                 policy.wait()
-                runner.logger.info(f'The search of {name} begins with {"epoch" if self.by_epoch else "iteration"} '
-                                   f'{self.begin}, counted from 0; until then, the teacher is not refined')
+                runner.logger.info(f'The search of {name} starts at {"epoch" if self.by_epoch else "iteration"} '
+                                   f'{self.begin}, counted from 0. Until then, the teacher is not refined')
             elif now >= self.begin and policy.waiting:
                 policy.start_search()
-                runner.logger.info(f'The search of {name} begins after {runner.iter} iterations')
+                runner.logger.info(f'The search of {name} starts after {runner.iter} iterations')
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Stops a training whose loss is no number, before the weights are none either."""
+"""Hook that stops training on a NaN or infinite loss, before the optimizer step."""
 import math
 
 import torch
@@ -11,21 +11,21 @@ from torch import nn
 
 from ...registry import HOOKS
 
-PATIENCE = 50  # iterations in a row that a gradient scaler may skip; each halves its scale, which begins at 2^16
+PATIENCE = 50  # iterations in a row that a gradient scaler may skip; each one halves its scale, initially 2^16
 
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Raises before the optimiser step when a loss is NaN or infinite; the weights are still those of the step before.
+    """Raises an error before the optimizer step if a loss is NaN or infinite, so that the weights stay finite.
 
-    The error names the losses, the iteration, and shape, range and mean of the batch, with its images.
-    Where a gradient scaler (``AmpOptimWrapper``) skips the step, as it does when its scale is too large, the
-    run goes on, but not for 50 iterations in a row. On a GPU the answer is fetched while the backward pass runs, so
-    that nothing waits for it. Of several processes all stop, lest one of them saves what the others' gradients have
-    spoilt.
+    The message has the losses, the iteration, the shape, range and mean of the batch, and its image files. If a
+    gradient scaler (``AmpOptimWrapper``) skips the step because its scale is too large, training continues, but not
+    after 50 such iterations in a row. On a GPU, the flag is copied to the CPU during the backward pass, so that the
+    step does not wait for it. In distributed training, all processes stop, so that none of them saves weights that
+    the gradients of another one made NaN.
 
     Raises:
-        FloatingPointError: as said, in the training step.
+        FloatingPointError: in the training step, if a loss is NaN or infinite.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -41,14 +41,14 @@ class NonFiniteLossHook(Hook):
                 self._check(runner.iter)
             take_step(*args, **kwargs)
 
-        runner.optim_wrapper.step = checked_step  # torch's own step hooks are off once anything is compiled
+        runner.optim_wrapper.step = checked_step  # torch's step hooks do not run once anything is compiled
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None,
                          outputs: dict | None = None) -> None:
         if self.scaled and self.step is not None:
             self.skipped = 0 if self.step.finite() else self.skipped + 1
         if not self.scaled or self.skipped == PATIENCE:
-            self._check(runner.iter)  # an accumulating iteration has no step
+            self._check(runner.iter)  # with gradient accumulation, not every iteration has a step
         self.step = None
 
     def after_train(self, runner: Runner) -> None:
@@ -69,7 +69,7 @@ class _Step:
     """The losses of one step, and whether they are finite.
 
     Args:
-        losses: tensors, or lists of them, by name; what has no ``loss`` in its name is only logged.
+        losses: tensors, or lists of them, by name. Entries without ``loss`` in the name are only logged.
         batch: the preprocessed images, ``inputs``, and their ``data_samples``.
     """
 
@@ -81,7 +81,7 @@ class _Step:
         parts = [part.sum().float() for value in self.losses.values() for part in value]
         finite = (torch.stack(parts).sum() if parts else torch.zeros(())).isfinite().float()
         all_reduce(finite, 'min')
-        # without pinned memory the copy, asynchronous or not, would wait for the GPU
+        # without pinned memory, even a non-blocking copy would wait for the GPU
         self.finite_flag = torch.empty((), pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
         self.fetched = torch.cuda.Event() if finite.is_cuda else None
         if self.fetched:

@@ -1,4 +1,4 @@
-"""Makes a resumed run go on as if it had never stopped."""
+"""Hook that makes a resumed run continue as if it had not been interrupted."""
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -15,18 +15,18 @@ from ...registry import HOOKS
 
 @HOOKS.register_module()
 class ReseedHook(Hook):
-    """What is random depends on the seed and the place in the run alone, not on how the run came there.
+    """Makes all randomness depend only on the seed and the position in the run.
 
-    MMEngine's checkpoints hold no random state. This hook seeds Python, NumPy and torch anew before every
-    iteration, and the data workers, which start afresh with every epoch, from seed, epoch, rank and worker.
-    A run that is resumed from a checkpoint at the end of an epoch, or at any iteration of an ``IterBasedTrainLoop``,
-    then ends with the weights of the run that was not: to the bit where the hardware is deterministic, as CPUs are.
+    MMEngine's checkpoints do not contain random states. This hook seeds Python, NumPy and torch before every
+    iteration. It restarts the data workers in every epoch and seeds them from seed, epoch, rank and worker. A run that
+    is resumed from a checkpoint at the end of an epoch, or at any iteration of an ``IterBasedTrainLoop``, then ends
+    with the weights of an uninterrupted run. On deterministic hardware, such as CPUs, they are bit-identical.
 
-    A fresh worker also forgets what transforms keep between images, such as RTMDet's cached mosaic, so that
-    nothing of the epoch before is missing. Loading in the main process (``num_workers=0``) keeps
-    such transforms as they are, and a run with them resumes to another one.
+    A restarted worker also clears the state that transforms keep between images, such as RTMDet's cached mosaic, so
+    that a resumed run does not lack it. With ``num_workers=0`` the main process loads the data, and transforms keep
+    their state. A run with such transforms then resumes differently.
 
-    As in MMEngine, all ranks share one seed, unless ``randomness.diff_rank_seed`` is set.
+    As in MMEngine, all ranks share one seed unless ``randomness.diff_rank_seed`` is set.
     """
 
     priority = 'VERY_HIGH'
@@ -36,22 +36,22 @@ class ReseedHook(Hook):
         if hasattr(loop, 'dataloader_iterator'):
             loop.dataloader_iterator = _Reseeded(loop.dataloader_iterator, runner.seed)
             if runner.iter and hasattr(loop, 'multi_loaders'):
-                runner.logger.warning(f'{type(loop).__name__} begins with the first batch again: the resumed run will '
-                                      'be another one than the one that was interrupted')
+                runner.logger.warning(f'{type(loop).__name__} starts again at the first batch, so the resumed run will '
+                                      'differ from an uninterrupted one')
             return
         extra = runner.iter - runner.epoch * len(loop.dataloader)
-        if extra == len(loop.dataloader):  # saved by iteration at an epoch's end, before MMEngine counted it
+        if extra == len(loop.dataloader):  # saved by iteration at the end of an epoch, before MMEngine counted it
             loop._epoch += 1
         elif extra:
             runner.logger.warning(
                 f'Resumed after {runner.iter} iterations, which are not {runner.epoch} epochs of '
-                f'{len(loop.dataloader)}: epoch {runner.epoch + 1} begins anew. Checkpoints at the ends of epochs '
-                '(default_hooks.checkpoint.by_epoch=True), with as many images a step as before, resume exactly')
+                f'{len(loop.dataloader)}, so epoch {runner.epoch + 1} starts again. To resume exactly, save '
+                'checkpoints at the end of epochs (default_hooks.checkpoint.by_epoch=True) and keep the batch size')
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed(runner.seed, runner.epoch, 0)
         if hasattr(runner.train_loop, 'dataloader_iterator'):
-            return  # has started its workers, once for all
+            return  # its workers are started only once
         for loader in {id(loader): loader for loader in (
                 getattr(runner.train_loop, name, None)
                 for name in ('dataloader', 'mutator_dataloader', 'unlabelled_dataloader'))}.values():
@@ -65,7 +65,7 @@ class ReseedHook(Hook):
 
 
 def seed(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch with a mixture of whole numbers."""
+    """Seeds Python, NumPy and torch from several integers."""
     mixed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
@@ -73,20 +73,20 @@ def seed(*entropy: int) -> None:
 
 
 def start_worker(worker_id: int, original: partial | None, entropy: tuple[int, ...]) -> None:
-    """Seeds a data worker after all that its config does at the start."""
+    """Calls the original ``worker_init_fn`` of a data worker, then seeds the worker."""
     if original is not None:
         original(worker_id)
     seed(*entropy, worker_id)
 
 
 def _original(worker_init_fn: partial | None) -> partial | None:
-    """Returns what was there before this hook."""
+    """Returns the ``worker_init_fn`` that was set before this hook."""
     return worker_init_fn.keywords['original'] if getattr(worker_init_fn, 'func', None) is start_worker else (
         worker_init_fn)
 
 
 class _Reseeded:
-    """An iterator over batches, seeded before each; after a resume those of before are loaded again, to be exact."""
+    """An iterator that seeds before each batch. After a resume, it loads the earlier batches again and skips them."""
 
     def __init__(self, iterator: Iterator, base: int) -> None:
         self.iterator = iterator
@@ -99,6 +99,6 @@ class _Reseeded:
         return next(self.iterator)
 
     def skip_iter(self, iterations: int) -> None:
-        """As newer MMEngines call it, which themselves would skip without loading."""
+        """Skips batches by loading them. Newer MMEngine calls it; its own version does not load."""
         for _ in range(iterations):
             next(self)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and never fewer than before."""
+"""Hook that writes checkpoints completely or not at all."""
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ...registry import HOOKS
 
 
 class AtomicBackend(LocalBackend):
-    """MMEngine's local disk, on which a file is written whole or not at all."""
+    """MMEngine's local storage, but a file is written completely or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         path = Path(filepath)
@@ -34,11 +34,11 @@ register_backend('mmkd_plugin.atomic', AtomicBackend)
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """MMEngine's ``CheckpointHook``, which loses nothing when it is stopped in the middle, or the disk is full.
+    """MMEngine's ``CheckpointHook``, but no checkpoint is lost if saving is interrupted or the disk is full.
 
-    A checkpoint gets its name when it is complete, and those that ``max_keep_ckpts`` and ``save_best`` give up go
-    after their successor is there, so that the disk must hold one more; MMEngine removes them before. Arguments are
-    those of ``CheckpointHook``. On another storage than a local disk only the order of removal differs.
+    A checkpoint gets its name when it is complete. Checkpoints that ``max_keep_ckpts`` and ``save_best`` no longer keep
+    are deleted after the new one is complete, so the disk needs space for one more. MMEngine deletes them before. The
+    arguments are those of ``CheckpointHook``. On a storage other than a local disk, only the order of deletion differs.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -69,5 +69,5 @@ class SafeCheckpointHook(CheckpointHook):
         current = {self.last_ckpt, getattr(self, 'best_ckpt_path', None),
                    *getattr(self, 'best_ckpt_path_dict', {}).values()}
         for path in given_up:
-            if path not in current and Path(path).parent == Path(self.out_dir):  # not those of the run resumed from
+            if path not in current and Path(path).parent == Path(self.out_dir):  # not those of the resumed run
                 remove(path)

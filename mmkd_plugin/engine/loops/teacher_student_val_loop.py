@@ -1,4 +1,4 @@
-"""Validation of the student, with the teacher's figures beside it."""
+"""Validation loop that also reports the teacher's metrics."""
 from mmengine.model import is_model_wrapper
 from mmengine.runner import ValLoop
 
@@ -12,18 +12,18 @@ from ..hooks.check_teacher_hook import evaluate_teacher
 class TeacherStudentValLoop(ValLoop):
     """Validates the student as MMEngine does, and adds the metrics of the teacher as ``teacher.*``.
 
-    Those of several teachers are ``teacher.NAME.*``.
+    The metrics of several teachers are ``teacher.NAME.*``.
 
-    The teacher gets its images as in distillation: made by the student's preprocessor, and in the form that the
-    teacher expects. It is frozen, so it is evaluated once, in the first validation. MMRazor's
-    ``SingleTeacherDistillValLoop`` gives it the student's preprocessor, which is wrong for a teacher with another
-    normalisation, and remains in place for the rest of the training.
+    The teacher gets its images as in the distillation: from the student's preprocessor, in the form that the teacher
+    expects. The teacher is frozen, so it is evaluated once, in the first validation. MMRazor's
+    ``SingleTeacherDistillValLoop`` gives the teacher the student's preprocessor for the rest of the training. This is
+    wrong for a teacher with another normalisation.
 
     Usage::
 
         val_cfg = dict(type='mmkd_plugin.TeacherStudentValLoop')
 
-    Arguments are those of ``ValLoop``.
+    The arguments are those of ``ValLoop``.
 
     Raises:
         ValueError: the model has no teacher.
@@ -35,7 +35,7 @@ class TeacherStudentValLoop(ValLoop):
         self.algorithm = model.module if is_model_wrapper(model) else model
         if not isinstance(self.algorithm, TeacherStudentDistill):
             raise ValueError(f'val_cfg.type: {type(self).__name__} evaluates a teacher, got a '
-                             f'{type(self.algorithm).__name__}, expected a TeacherStudentDistill. Take type out')
+                             f'{type(self.algorithm).__name__}, expected a TeacherStudentDistill. Remove type')
         self.teacher_metrics: dict[str, float] | None = None
 
     def run(self) -> dict:

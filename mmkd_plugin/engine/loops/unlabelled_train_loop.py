@@ -1,4 +1,4 @@
-"""Training with a second data loader, of images without labels."""
+"""Training loops with a second data loader of unlabelled images."""
 from collections.abc import Iterator
 from itertools import count
 
@@ -10,20 +10,20 @@ from ...models.algorithms import TeacherStudentDistill
 from ...models.algorithms.second_batch import WithUnlabelled
 from ...registry import LOOPS
 
-_ROUNDS = 1000  # through the unlabelled loader in an epoch, that are shuffled differently from those of the next
+_ROUNDS = 1000  # passes over the unlabelled loader per epoch that have their own shuffling seeds
 
 
 @LOOPS.register_module()
 class UnlabelledEpochBasedTrainLoop(EpochBasedTrainLoop):
-    """MMEngine's ``EpochBasedTrainLoop`` whose every step sees a batch of unlabelled images, too.
+    """MMEngine's ``EpochBasedTrainLoop`` with a batch of unlabelled images in every step.
 
-    The student learns from them by the distillation losses alone, ``unlabelled.loss_*``. Task losses, DAM's anchor,
-    the search of SoKD's policy and losses that read labels skip them. Weights and schedules of the losses apply to
-    both batches, each a mean over its own images.
+    On unlabelled images the student has the distillation losses alone, ``unlabelled.loss_*``. Task losses, DAM's
+    anchor, the search of SoKD's policy and losses that read labels skip these images. The weights and schedules of the
+    losses apply to both batches. Each batch has its own mean.
 
-    An epoch is one pass over the labelled images. It begins with the first batch of the unlabelled loader, shuffled
-    anew, and goes through that loader as often as it must. Hooks that switch the pipeline switch that of the labelled
-    images. Annotations of unlabelled images are not read.
+    An epoch is one pass over the labelled images. In each epoch, the unlabelled loader is shuffled and starts at its
+    first batch. If it is shorter than the epoch, it is repeated. Hooks that switch the pipeline switch that of the
+    labelled images. Annotations of unlabelled images are not read.
 
     Usage::
 
@@ -40,8 +40,8 @@ class UnlabelledEpochBasedTrainLoop(EpochBasedTrainLoop):
         runner, dataloader, max_epochs, kwargs: as in ``EpochBasedTrainLoop``.
 
     Raises:
-        ValueError: the model is no :class:`.TeacherStudentDistill`, none of its losses does without labels, the loader
-            has no batch, or there is a loader for the search of a policy.
+        ValueError: the model is not a :class:`.TeacherStudentDistill`, all of its losses need labels, the loader has no
+            batch, or there is a loader for the search of a policy.
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, unlabelled_dataloader: dict | DataLoader,
@@ -60,7 +60,7 @@ class UnlabelledEpochBasedTrainLoop(EpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class UnlabelledIterBasedTrainLoop(IterBasedTrainLoop):
-    """MMEngine's ``IterBasedTrainLoop`` whose every step sees a batch of unlabelled images, too.
+    """MMEngine's ``IterBasedTrainLoop`` with a batch of unlabelled images in every step.
 
     See :class:`UnlabelledEpochBasedTrainLoop`.
 
@@ -69,7 +69,7 @@ class UnlabelledIterBasedTrainLoop(IterBasedTrainLoop):
         runner, dataloader, max_iters, kwargs: as in ``IterBasedTrainLoop``.
 
     Raises:
-        ValueError: as :class:`UnlabelledEpochBasedTrainLoop`.
+        ValueError: as in :class:`UnlabelledEpochBasedTrainLoop`.
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, unlabelled_dataloader: dict | DataLoader,
@@ -81,7 +81,7 @@ class UnlabelledIterBasedTrainLoop(IterBasedTrainLoop):
 
 
 class _Pairs:
-    """Goes through two endless iterators at once, so that a resumed run skips the batches of both."""
+    """Iterates over two endless iterators together, so that a resumed run skips the batches of both."""
 
     def __init__(self, labelled: Iterator[dict], unlabelled: Iterator[dict]) -> None:
         self.labelled = labelled
@@ -94,32 +94,32 @@ class _Pairs:
         return WithUnlabelled(next(self.labelled), next(self.unlabelled))
 
     def skip_iter(self, iterations: int) -> None:
-        """As newer MMEngines call it after a resume."""
+        """Skips batches of both; newer MMEngine calls it after a resume."""
         for _ in range(iterations):
             next(self)
 
 
 def _check(runner: Runner, kwargs: dict) -> None:
     if 'mutator_dataloader' in kwargs:
-        raise ValueError('train_cfg.mutator_dataloader: a policy is not searched on a split of its own together with '
-                         'unlabelled images. Take one of the two loaders out')
+        raise ValueError('train_cfg.mutator_dataloader: a separate split for the policy search cannot be combined with '
+                         'unlabelled images. Remove one of the two loaders')
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if not isinstance(model, TeacherStudentDistill):
-        raise ValueError(f'train_cfg.type: unlabelled images teach by distillation alone, got a '
-                         f'{type(model).__name__}, expected a TeacherStudentDistill. Use MMEngine\'s train loop')
+        raise ValueError(f'train_cfg.type: unlabelled images need a distillation, got a {type(model).__name__}, '
+                         'expected a TeacherStudentDistill. Use MMEngine\'s train loop')
     model.check_unlabelled()
 
 
 def _build(runner: Runner, loader: dict | DataLoader) -> DataLoader:
     loader = runner.build_dataloader(loader, seed=runner.seed) if isinstance(loader, dict) else loader
     if not len(loader):
-        raise ValueError(f'train_cfg.unlabelled_dataloader: it has no batch: {len(loader.dataset)} images. '
-                         'Give it more images, or a smaller batch_size')
+        raise ValueError(f'train_cfg.unlabelled_dataloader: has no batch, got {len(loader.dataset)} images. '
+                         'Use more images, or a smaller batch_size')
     return loader
 
 
 def _endless(loader: DataLoader, first: int) -> Iterator[dict]:
-    """Yields batches, round after round, each shuffled as in an epoch of its own, from ``first`` on."""
+    """Yields batches pass after pass. Each pass is shuffled as an epoch of its own, starting with epoch ``first``."""
     for epoch in count(first):
         for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
             if hasattr(sampler, 'set_epoch'):

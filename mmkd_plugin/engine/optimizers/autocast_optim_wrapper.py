@@ -1,4 +1,4 @@
-"""Mixed precision where MMEngine's ``AmpOptimWrapper`` refuses: on a CPU."""
+"""Optimizer wrapper for mixed precision on a CPU, which MMEngine's ``AmpOptimWrapper`` does not support."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,10 +11,10 @@ from ...registry import OPTIM_WRAPPERS
 
 @OPTIM_WRAPPERS.register_module()
 class AutocastOptimWrapper(OptimWrapper):
-    """Runs the forward pass in bfloat16 where autocast deems it safe, on any device.
+    """Runs the forward pass under bfloat16 autocast, on any device.
 
-    bfloat16 has float32's range, so that losses need no scaling. ``tools/train.py --amp`` takes it on a machine
-    without a GPU; arguments are those of ``OptimWrapper``.
+    bfloat16 has the range of float32, so losses need no scaling. ``tools/train.py --amp`` uses this wrapper on a
+    machine without a GPU. The arguments are those of ``OptimWrapper``.
     """
 
     @contextmanager

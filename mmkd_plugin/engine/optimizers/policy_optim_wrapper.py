@@ -1,4 +1,4 @@
-"""Two optimisers, one backward: the student's, as its config has it, and the policy's."""
+"""Optimizer wrapper with one optimizer for the student and one for SoKD's policy."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -15,29 +15,29 @@ from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
 class PolicyOptimWrapper(OptimWrapperDict):
-    """The wrappers ``student`` and ``policy``, which MMEngine's stock ``train_step`` takes for one.
+    """The wrappers ``student`` and ``policy`` as one wrapper for MMEngine's standard ``train_step``.
 
-    The student's wrapper rules: autocast, loss scaling, gradient accumulation and synchronisation are
-    its own, for one backward of the sum of all losses. The policy's optimiser steps whenever the
-    student's does, while a policy is searching; else it rests, as its momentum and weight decay would
-    move a policy that gets zeros. Clipping is the student's alone.
+    One backward pass runs on the sum of all losses. Autocast, loss scaling, gradient accumulation and
+    synchronisation are those of the student's wrapper. During the search, the policy's optimizer steps
+    whenever the student's does. Otherwise it does not step, because momentum and weight decay would change a
+    policy with zero gradients. Gradient clipping applies to the student alone.
 
-    A policy whose objective is ``agreement`` learns from ``search_policy()`` of the distiller. It is called
-    after the student's backward and before any step, at every iteration of the search. It reads the gradients
-    that the backward has recorded, and calls ``backward()`` on a loss of the policy alone, such as
-    :meth:`DAFA.score_loss`. These gradients add up while the student's accumulate. Before the step they are
-    averaged over the processes, as the parallel wrapper does not see this backward. Scores are linear in the
-    recorded gradients, so the policy's gradients carry the loss scale of mixed precision like all others, and
-    are unscaled with them.
+    With the objective ``agreement``, a policy learns from ``search_policy()`` of the distiller. This method is
+    called after the student's backward pass and before any step, in every iteration of the search. It reads the
+    gradients that the backward pass recorded, and calls ``backward()`` on a loss of the policy alone, such as
+    :meth:`DAFA.score_loss`. These gradients accumulate with the student's. Before the step they are averaged
+    over the processes, because the parallel wrapper does not synchronise this backward pass. Scores are linear
+    in the recorded gradients, so the policy's gradients have the loss scale of mixed precision like all others,
+    and are unscaled with them.
 
-    Learning rate schedules and ``auto_scale_lr`` go by :meth:`items` and :meth:`values`, which hold the
-    student's wrapper only: what is made for the student leaves the policy alone.
+    Learning rate schedules and ``auto_scale_lr`` use :meth:`items` and :meth:`values`, which contain the
+    student's wrapper alone. So they do not change the policy.
 
     Args:
-        student: of all parameters but the policies'.
-        policy: of the policies' parameters.
-        policies: the modules that own them.
-        search_policy: of the distiller; needed for the objective ``agreement`` alone.
+        student: the wrapper of all parameters except the policies'.
+        policy: the wrapper of the policies' parameters.
+        policies: the modules with these parameters.
+        search_policy: method of the distiller, needed only for the objective ``agreement``.
     """
 
     def __init__(self, student: OptimWrapper, policy: OptimWrapper, policies: Sequence[DAFA],
@@ -79,12 +79,12 @@ class PolicyOptimWrapper(OptimWrapperDict):
 
     @property
     def searching(self) -> bool:
-        """Whether a policy learns."""
+        """Whether a policy is searched."""
         return any(policy.searching for policy in self.policies)
 
     @property
     def agreeing(self) -> list[DAFA]:
-        """The policies that learn from ``search_policy()`` now."""
+        """The policies that currently learn from ``search_policy()``."""
         return [policy for policy in self.policies if policy.searching and policy.objective == 'agreement']
 
     def step(self, **kwargs) -> None:
@@ -108,25 +108,26 @@ class PolicyOptimWrapper(OptimWrapperDict):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class PolicyOptimWrapperConstructor:
-    """Builds the student's wrapper as MMEngine would without a policy, and the policy's beside it.
+    """Builds the student's wrapper as without a policy, and a second wrapper for the policy.
 
-    Usage, in a config whose ``optim_wrapper`` stays as it is otherwise::
+    Usage, added to the ``optim_wrapper`` of a config::
 
         optim_wrapper = dict(
             constructor='mmkd_plugin.PolicyOptimWrapperConstructor',
             policy=dict(type='Adam', lr=1e-3, betas=(0.5, 0.999)))
 
-    A constructor that the config has already, such as MMPretrain's for layer-wise learning rates, goes into
+    If the config already has a constructor, such as MMPretrain's for layer-wise learning rates, put it into
     ``student_constructor``. Without this constructor, an ``OptimWrapper`` would train the policy with the student's
-    optimiser.
+    optimizer.
 
     Args:
-        optim_wrapper_cfg: of the student's wrapper; ``policy`` is the policy's optimiser, by default as above, and
-            ``student_constructor`` builds the student's, by default ``DefaultOptimWrapperConstructor``.
-        paramwise_cfg: of the student.
+        optim_wrapper_cfg: config of the student's wrapper. Its field ``policy`` is the policy's optimizer, by default
+            as above. Its field ``student_constructor`` is the student's constructor, by default
+            ``DefaultOptimWrapperConstructor``.
+        paramwise_cfg: ``paramwise_cfg`` of the student.
 
     Raises:
-        ValueError: the model has no :class:`DAFA` to optimise.
+        ValueError: the model has no :class:`DAFA`, or its distiller does not support the objective.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -140,8 +141,8 @@ class PolicyOptimWrapperConstructor:
         model = model.module if is_model_wrapper(model) else model
         policies = [module for module in model.modules() if isinstance(module, DAFA)]
         if not policies:
-            raise ValueError(f'optim_wrapper.constructor is {type(self).__name__}, but {type(model).__name__} has no '
-                             'DAFA: give the distiller dafa=dict(...), or take constructor and policy out')
+            raise ValueError(f'optim_wrapper.constructor: is {type(self).__name__}, but {type(model).__name__} has no '
+                             'DAFA. Set dafa=dict(...) in the distiller, or remove constructor and policy')
         search_policy = getattr(getattr(model, 'distiller', None), 'search_policy', None)
         if search_policy is None and any(policy.objective == 'agreement' for policy in policies):
             raise ValueError("dafa.objective: is 'agreement', but the distiller of "
@@ -155,7 +156,7 @@ class PolicyOptimWrapperConstructor:
 
 @contextmanager
 def _without_parameters(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Hides the modules' parameters from whoever lists those of the model."""
+    """Context that hides the parameters of these modules from ``parameters()`` of the model."""
     hidden: list[tuple[nn.Module, dict[str, torch.nn.Parameter]]] = [
         (module, dict(module._parameters)) for module in modules]
     for module, _ in hidden:

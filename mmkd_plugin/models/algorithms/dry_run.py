@@ -12,23 +12,23 @@ from ..dummy_input import dummy_inputs, dummy_size, padded, size_divisor
 from ..recording import PartialForward, change_records, evaluating, record_dummy_input
 from .inherit import num_classes
 
-_ODD = (150, 101)  # no multiple of any stride: networks round differently
+_ODD = (150, 101)  # not a multiple of any stride, so networks round differently
 
 
 @torch.no_grad()
 def dry_run(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module,
             resized: bool) -> tuple[dict[str, int], Alignment]:
-    """Returns how many calls of each recorded layer of the teacher are read, and what brings maps to one size.
+    """Returns how many calls of each recorded teacher layer the losses read, and the alignment of the maps.
 
-    Losses that read what is recorded in the loss only (functions, methods), or something other than
-    tensors (data samples), are not tried: they would need ground truth.
+    A loss is not tried if it reads records of the task loss (functions, methods) or records that are not tensors (data
+    samples), because these need ground truth.
 
     Args:
-        resized: whether the teacher sees the batch resized; then its maps are interpolated.
+        resized: whether the teacher gets a resized batch. If so, its maps are interpolated.
 
     Raises:
-        ValueError: a layer does not run, strides differ, a loss or connector
-            cannot take what is recorded for it, or logits are of different classes.
+        ValueError: a layer does not run, strides differ, a loss or connector does not accept its records, or the
+            numbers of classes of the logits differ.
     """
     calls = read_calls(distiller, False)
     record_dummy_input(student, distiller.student_recorders, read_calls(distiller, True))
@@ -50,7 +50,7 @@ def read_calls(distiller: ConfigurableDistiller, from_student: bool) -> dict[str
 
 
 def losses_without_labels(distiller: ConfigurableDistiller) -> list[str]:
-    """Returns the losses of which a dummy input, which must be recorded, shows all that they read."""
+    """Returns the losses whose inputs are all recorded on a dummy input. Run the dummy input first."""
     return [loss for loss, inputs in distiller.loss_forward_mappings.items()
             if all(_is_recorded(distiller, record) for record in inputs.values())]
 
@@ -59,14 +59,14 @@ def losses_without_labels(distiller: ConfigurableDistiller) -> list[str]:
 def try_odd_size(distiller: ConfigurableDistiller, student: nn.Module, teacher: PartialForward,
                  teacher_batch: Callable[[Tensor, list | None], tuple[Tensor, list | None]],
                  alignment: Alignment) -> None:
-    """Warns where a teacher or a loss fails on an image whose sides are odd, as far as the student's padding leaves.
+    """Warns if the teacher or a loss fails on an image with odd sides, padded as the student pads it.
 
-    What is recorded in the loss only cannot be tried.
+    Records of the task loss cannot be tried.
 
     Args:
-        teacher: its forward.
-        teacher_batch: makes the teacher's batch of the student's.
-        alignment: as :func:`dry_run` returns it.
+        teacher: forward of the teacher.
+        teacher_batch: converts a batch of the student to one of the teacher.
+        alignment: result of :func:`dry_run`.
     """
     size = padded(_ODD, size_divisor(student))
     inputs, samples = dummy_inputs(student, size)
@@ -76,7 +76,7 @@ def try_odd_size(distiller: ConfigurableDistiller, student: nn.Module, teacher: 
             return
         with evaluating(student):
             forward(inputs, samples)
-    except Exception:  # the student does not take such images: training has none
+    except Exception:  # the student does not accept such images, so there are none
         return
     finally:
         forward.remove()
@@ -87,15 +87,15 @@ def try_odd_size(distiller: ConfigurableDistiller, student: nn.Module, teacher: 
             change_records(recorders, Tensor.cpu)
         alignment()
         _try_losses(distiller)
-    except Exception as error:  # whatever a model answers to an image that it cannot take
-        print_log(f'Distillation fails on an image of {size[0]} x {size[1]}, which the student takes: {error}. If the '
-                  'images of training all have one size, give it as input_size; if the teacher needs another, give '
-                  'that as teacher_input_size.', logger='current', level=logging.WARNING)
+    except Exception as error:  # models raise different errors for an image that they do not accept
+        print_log(f'Distillation fails on an image of {size[0]} x {size[1]}, which the student accepts: {error}. If '
+                  'all training images have one size, set input_size to it. If the teacher needs another size, set '
+                  'teacher_input_size to that.', logger='current', level=logging.WARNING)
 
 
 def _try_losses(distiller: ConfigurableDistiller) -> None:
     training = distiller.training
-    distiller.eval()  # running statistics of connectors are not for dummy inputs
+    distiller.eval()  # dummy inputs must not change the running statistics of connectors
     try:
         for loss in losses_without_labels(distiller):
             _try_loss(distiller, loss, distiller.loss_forward_mappings[loss])
@@ -104,10 +104,10 @@ def _try_losses(distiller: ConfigurableDistiller) -> None:
 
 
 def _alignment(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module, resized: bool) -> Alignment:
-    """Decides how each pair of maps is brought to one size.
+    """Decides how each pair of maps is resized to one size.
 
-    Maps of different strides are interpolated where the config names two different layers, or the teacher sees the
-    batch resized. A connector brings them together by itself.
+    Maps of different strides are interpolated if the config has two different layers, or if the teacher gets a resized
+    batch. A connector does its own resizing.
     """
     images = dummy_size(student), dummy_size(teacher)
     connected = {_recorder(distiller, record) for inputs in distiller.loss_forward_mappings.values()
@@ -125,11 +125,11 @@ def _alignment(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn
             sizes = (f'an image of {images[0][0]} x {images[0][1]} gives maps of {s_size} in the student and {t_size} '
                      'in the teacher')
             if s_layer == t_layer:
-                raise ValueError(f'{s_layer}: the strides differ: {sizes}; choose layers of equal stride, or name a '
+                raise ValueError(f'{s_layer}: the strides differ: {sizes}. Choose layers of equal stride, or give a '
                                  'pair (student\'s layer, teacher\'s layer), whose maps are interpolated')
             if any(t_place == other and ratios != ratio for (_, other), ratios in pairs.items()):
                 raise ValueError(f'{t_layer}: the strides differ: it is compared with maps of several strides, got '
-                                 f'{sizes}, expected one. Record it under a name of its own for each')
+                                 f'{sizes}, expected one stride. Record the layer under a separate name for each')
             print_log(f'{s_layer} and {t_layer} have different strides ({sizes}): the teacher\'s map is interpolated '
                       'to the student\'s size.', logger='current', level=logging.WARNING)
         pairs[s_place, t_place] = ratio
@@ -150,7 +150,7 @@ def _is_recorded(distiller: ConfigurableDistiller, record: dict) -> bool:
 
 
 def _raw(distiller: ConfigurableDistiller, record: dict):
-    """Returns what is recorded, before any connector."""
+    """Returns the record before any connector."""
     return distiller.get_record(**{key: value for key, value in record.items() if 'connector' not in key})
 
 
@@ -163,7 +163,7 @@ def _try_loss(distiller: ConfigurableDistiller, loss: str, inputs: dict[str, dic
         given = ', '.join(f'{name} from {inputs[name]["recorder"]!r} '
                           f'{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}'
                           for name, value in raw.items())
-        raise ValueError(f'{loss} or its connectors cannot take what is recorded for it ({given}): {error}') from error
+        raise ValueError(f'{loss} or its connectors do not accept the records ({given}): {error}') from error
 
 
 def _check_classes(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module) -> None:
@@ -182,6 +182,6 @@ def _check_classes(distiller: ConfigurableDistiller, student: nn.Module, teacher
         if len(shapes) == 2 and shapes[True][1:2] != shapes[False][1:2]:  # logits, not features inside a head
             raise ValueError(f'{loss} compares outputs of heads, {tuple(shapes[True])} and {tuple(shapes[False])}, but '
                              f'{message}')
-    what = (f'only training shows whether these compare classes: {", ".join(unseen)}' if unseen else
+    what = (f'these losses may compare classes, which only training shows: {", ".join(unseen)}' if unseen else
             'only features are distilled')
     print_log(f'num_classes: {message}; {what}.', logger='current', level=logging.WARNING)

@@ -1,17 +1,17 @@
-"""Keeps recorders on the modules of a model, when a conversion puts others in their places."""
+"""Moves recorders to the new modules after a conversion has replaced modules of a model."""
 from mmrazor.models.task_modules import RecorderManager
 from torch import nn
 
 
 class FollowConversion:
-    """Puts the hooks of recorders on the modules that have taken the place of those that were recorded.
+    """Puts the hooks of recorders on modules that have replaced the recorded ones.
 
-    ``Runner`` turns synchronised batch norm into plain one where a single process trains, and the other way round for
-    ``sync_bn='torch'``, after the model is built: by new modules, which know nothing of the hooks of the old ones.
+    After the model is built, ``Runner`` converts synchronised batch norm to plain batch norm if a single process
+    trains, and the other way round for ``sync_bn='torch'``. The new modules do not have the hooks of the old ones.
 
     Args:
-        model: whose modules are recorded.
-        recorders: of that model.
+        model: the model with the recorded modules.
+        recorders: recorders of this model.
     """
 
     def __init__(self, model: nn.Module, recorders: RecorderManager) -> None:
@@ -19,7 +19,7 @@ class FollowConversion:
         self.modules = self._current(model)
 
     def __call__(self, model: nn.Module) -> list[str]:
-        """Looks for modules that have been replaced; returns their names."""
+        """Updates the hooks of replaced modules, and returns their names."""
         current = self._current(model)
         moved = [name for name, module in current.items() if module is not self.modules.get(name)]
         for recorder in self.recorders:

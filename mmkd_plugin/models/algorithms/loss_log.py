@@ -9,10 +9,9 @@ from torch import Tensor
 
 
 class ZeroWatch:
-    """Warns, once of each, of losses that are exactly zero throughout ``window`` iterations.
+    """Warns once per loss that is exactly zero for ``window`` iterations.
 
-    The largest values are kept on the device, which is asked once a window. Within a compiled training step it
-    does nothing.
+    The largest values stay on the device and are read once per window. In a compiled training step, nothing is checked.
     """
 
     def __init__(self, window: int = 100) -> None:
@@ -21,7 +20,7 @@ class ZeroWatch:
         self.names: tuple[str, ...] = ()
 
     def __call__(self, losses: Mapping[str, Tensor | list[Tensor]], expected_zero: Collection[str] = ()) -> None:
-        """Looks at the losses of an iteration; those in ``expected_zero`` have a weight of zero."""
+        """Checks the losses of an iteration, except those in ``expected_zero``, whose weight is zero."""
         if _compiling():
             return
         names = tuple(name for name in losses if 'loss' in name and name not in expected_zero)

@@ -14,18 +14,18 @@ _SHAPES = {
 
 
 class LossSchedule:
-    """A factor that goes from ``start_factor`` at ``begin`` to ``end_factor`` at ``end``.
+    """A factor that changes from ``start_factor`` at ``begin`` to ``end_factor`` at ``end``.
 
-    It is a pure function of the iteration that MMEngine restores on resume, so
-    that it needs no state. Outside a ``Runner`` the iteration is 0.
+    It depends only on the iteration, which MMEngine restores on resume, so it has no state. Outside a ``Runner``, the
+    iteration is 0.
 
     Args:
-        type: ``'linear'`` or ``'cosine'``; ``'constant'`` holds ``end_factor`` from the beginning.
-        start_factor: factor up to ``begin``, >= 0. A warm-up has 0.
-        end_factor: factor from ``end`` on, >= 0. A decay to zero has 0.
-        begin: where the change begins, >= 0.
-        end: where it ends, > ``begin``; None is the end of training.
-        by_epoch: whether ``begin`` and ``end`` count epochs instead of iterations.
+        type: ``'linear'`` or ``'cosine'``; ``'constant'`` is ``end_factor`` from the beginning.
+        start_factor: factor until ``begin``, >= 0. Use 0 for a warm-up.
+        end_factor: factor from ``end`` on, >= 0. Use 0 for a decay to zero.
+        begin: start of the change, >= 0.
+        end: end of the change, > ``begin``; None for the end of training.
+        by_epoch: whether ``begin`` and ``end`` are in epochs instead of iterations.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -54,7 +54,7 @@ class LossSchedule:
         if self.by_epoch:
             epochs = hub.get_info('max_epochs', 1)
             if epochs == 1 and max(self.begin, self.end or 0) > 1:
-                raise ValueError('loss_schedules: by_epoch=True, but the training counts iterations only; state begin '
+                raise ValueError('loss_schedules: by_epoch=True, but the training counts only iterations. Give begin '
                                  'and end in iterations')
             now, length = now * epochs / length, epochs
         end = self.end or max(length, self.begin + 1)
@@ -63,9 +63,9 @@ class LossSchedule:
 
 
 def build_schedules(config: dict[str, dict | list[dict]], losses: list[str]) -> dict[str, list[LossSchedule]]:
-    """Returns the schedules of each loss; keys of ``config`` are names of losses, or patterns such as ``loss_amd*``.
+    """Returns the schedules of each loss. Keys of ``config`` are names of losses or patterns such as ``loss_amd*``.
 
-    Several schedules of one loss multiply: a warm-up and a later decay, say.
+    Several schedules of one loss are multiplied, such as a warm-up and a later decay.
     """
     schedules: dict[str, list[LossSchedule]] = {}
     for pattern, entries in check_dict('loss_schedules', config).items():

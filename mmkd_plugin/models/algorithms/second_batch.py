@@ -1,7 +1,7 @@
-"""Train steps that get two batches: to search a policy on a split of its own, or to learn from unlabelled images.
+"""Train steps with a second batch, for the search of a policy on its own split or for unlabelled images.
 
-MMRazor's loops with two loaders give a pair of batches, of which the second is for the search; ours give
-:class:`WithUnlabelled`.
+MMRazor's loops with two loaders give a pair of batches, and the second is for the search. The loops of this package
+give :class:`WithUnlabelled`.
 """
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ _KEY = '_second_batch'
 
 
 class WithUnlabelled(NamedTuple):
-    """The data of a train step with unlabelled images, both as a data loader gives them."""
+    """The data of a train step with unlabelled images; both batches are as data loaders return them."""
     labelled: dict
     unlabelled: dict
 
 
 def set_second_batch_aside(preprocessor: BaseDataPreprocessor, args: tuple) -> tuple | None:
-    """Forward pre-hook of a preprocessor: of two batches, lets the first through and keeps the second.
+    """Forward pre-hook of a preprocessor that passes on the first of two batches and stores the second.
 
-    Every ``train_step``, also that of ``MMDistributedDataParallel``, begins with the preprocessor, so
-    that none of them needs to know of pairs.
+    Every ``train_step``, including that of ``MMDistributedDataParallel``, calls the preprocessor first. So no
+    ``train_step`` has to handle pairs.
     """
     data, *rest = args
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(batch, dict) for batch in data):
@@ -30,7 +30,7 @@ def set_second_batch_aside(preprocessor: BaseDataPreprocessor, args: tuple) -> t
 
 
 def take_second_batch(preprocessor: BaseDataPreprocessor) -> tuple[dict | None, dict | None]:
-    """Returns what was set aside, once: the batch of the search and the unlabelled one, at most one of them."""
+    """Returns the stored batch and removes it: (batch of the search, unlabelled batch), at least one of them None."""
     data = preprocessor.__dict__.pop(_KEY, None)
     if isinstance(data, WithUnlabelled):
         return None, data.unlabelled

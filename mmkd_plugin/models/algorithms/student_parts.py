@@ -1,17 +1,17 @@
-"""Lets a distillation pass for its student, towards hooks that reach into the plain model."""
+"""Access to the student's attributes for hooks that are written for the plain model."""
 from typing import Any
 
 from torch import nn
 
 
 class StudentParts(nn.Module):
-    """A module that has, besides its own attributes, those of ``student``.
+    """A module that has the attributes of ``student`` in addition to its own.
 
     Hooks of a student's config are written for the plain model: MMDetection's ``YOLOXModeSwitchHook`` sets
-    ``model.bbox_head.use_l1``, MMPretrain's ``SwitchRecipeHook`` looks for ``model.head.loss_module``, MMEngine's
-    ``activation_checkpointing`` names ``backbone.layer1``. Here ``model.bbox_head`` is that of the student, and to
-    set an attribute that only the student has sets the student's. What begins with an underscore, and all that
-    concerns names (``state_dict``, ``named_parameters``, ``named_modules``), is the module's own.
+    ``model.bbox_head.use_l1``, MMPretrain's ``SwitchRecipeHook`` looks for ``model.head.loss_module``, and MMEngine's
+    ``activation_checkpointing`` uses ``backbone.layer1``. Here ``model.bbox_head`` is that of the student. Setting an
+    attribute that only the student has sets it in the student. Names that begin with an underscore, and
+    ``state_dict``, ``named_parameters`` and ``named_modules``, are the module's own.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Gives a teacher the batch as its own preprocessor would have made it, from the one made for the student."""
+"""Converts a batch of the student's preprocessor to the form of the teacher's preprocessor."""
 from collections.abc import Sequence
 
 import torch
@@ -13,17 +13,16 @@ from ..dummy_input import Size, padded
 class TeacherInputs(nn.Module):
     """Maps a batch of the student's preprocessor to the teacher's normalisation, channel order, size and padding.
 
-    With means and standard deviations :math:`\\mu, \\sigma` and, where the
-    channel orders differ, channels reversed:
-    :math:`x_T = (x_S \\sigma_S + \\mu_S - \\mu_T) / \\sigma_T`. A preprocessor
-    without normalisation has :math:`\\mu = 0, \\sigma = 1`. What is padding in the batch
-    gets the value with which the teacher's preprocessor pads, and the batch is
-    padded at the bottom and at the right to a multiple of the teacher's ``pad_size_divisor``.
+    With means and standard deviations :math:`\\mu, \\sigma`:
+    :math:`x_T = (x_S \\sigma_S + \\mu_S - \\mu_T) / \\sigma_T`. The channels are reversed if the channel orders differ.
+    A preprocessor without normalisation has :math:`\\mu = 0, \\sigma = 1`. Padding in the batch gets the pad value of
+    the teacher's preprocessor. The batch is padded at the bottom and at the right to a multiple of the teacher's
+    ``pad_size_divisor``.
 
     Args:
-        student: the preprocessor that made the batch.
-        teacher: the teacher's own.
-        size: height and width to which the whole batch, padding included, is resized for the teacher.
+        student: the preprocessor of the batch.
+        teacher: the teacher's preprocessor.
+        size: height and width to which the batch, with its padding, is resized for the teacher.
 
     Raises:
         ValueError: the teacher would pad an image of ``size``.
@@ -45,34 +44,34 @@ class TeacherInputs(nn.Module):
         self.divisor = getattr(teacher, 'pad_size_divisor', 1)
         self.size = size
         if size and padded(size, self.divisor) != size:
-            raise ValueError(f'teacher_input_size: not a multiple of what the teacher pads to, got {size}, expected '
-                             f'multiples of {self.divisor}. Give {padded(size, self.divisor)}')
+            raise ValueError(f'teacher_input_size: not a multiple of the teacher\'s pad_size_divisor, got {size}, '
+                             f'expected multiples of {self.divisor}. Give {padded(size, self.divisor)}')
 
     @classmethod
     def between(cls, student: nn.Module, teacher: nn.Module, size: Size | None = None) -> 'TeacherInputs | None':
-        """Returns None where there is nothing to do; says what is to be done.
+        """Returns the mapping and logs what it does, or returns None if no conversion is needed.
 
-        A teacher whose preprocessor is not one of images gets the batch as it is.
+        If the teacher's preprocessor is not for images, the teacher gets the batch unchanged.
         """
         if not hasattr(teacher, '_enable_normalize'):
             if size:
-                raise ValueError('teacher_input_size: the teacher has no preprocessor of images, got '
-                                 f'{type(teacher).__name__}. Leave teacher_input_size out')
+                raise ValueError('teacher_input_size: the teacher has no preprocessor for images, got '
+                                 f'{type(teacher).__name__}. Leave out teacher_input_size')
             return None
         self = cls(student, teacher, size)
         if self.renormalizes:
             print_log('The teacher expects another normalisation or channel order than the student: '
-                      f'every batch is renormalised for it (channels reversed: {self.reverse}, '
+                      f'every batch is converted (channels reversed: {self.reverse}, '
                       f'factor {self.factor.cpu().flatten().tolist()}, shift {self.shift.cpu().flatten().tolist()}).',
                       logger='current')
         if size:
-            print_log(f'The teacher sees every batch resized to {size[0]} x {size[1]}; its maps are interpolated to '
-                      'the size of the student\'s.', logger='current')
+            print_log(f'Every batch is resized to {size[0]} x {size[1]} for the teacher, and its maps are interpolated '
+                      'to the size of the student\'s.', logger='current')
         pads = self.divisor > 1 and getattr(student, 'pad_size_divisor', 1) % self.divisor
         return self if self.renormalizes or self.fills or pads or size else None
 
     def forward(self, inputs: Tensor, data_samples: Sequence | None) -> Tensor:
-        """Args: ``inputs`` (N, C, H, W), and the samples, whose ``img_shape`` tells what is padding."""
+        """Converts ``inputs``, (N, C, H, W). ``img_shape`` of the samples tells where the padding begins."""
         out = inputs
         if self.renormalizes:
             out = (inputs.flip(1) if self.reverse else inputs) * self.factor + self.shift
@@ -95,7 +94,7 @@ class TeacherInputs(nn.Module):
         return out.masked_fill(~(rows[:, :, None] & columns[:, None, :]).unsqueeze(1), self.pad_value)
 
     def samples(self, data_samples: Sequence | None, before: Size, after: Size) -> Sequence | None:
-        """Returns the samples with the sizes of a batch that was (h, w) ``before`` and is another ``after``."""
+        """Returns the samples with new sizes, for a batch whose size (h, w) changed from ``before`` to ``after``."""
         if before == after or not data_samples or not hasattr(data_samples[0], 'metainfo'):
             return data_samples
         return [self._sample(sample, before, after) for sample in data_samples]

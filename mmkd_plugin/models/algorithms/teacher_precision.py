@@ -1,4 +1,4 @@
-"""The precision and memory format in which a teacher runs, whatever those of the student."""
+"""Precision and memory format of a teacher, independent of the student's."""
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,21 +15,21 @@ from torch.utils._pytree import tree_flatten
 from ..recording import PartialForward, change_records
 
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-TOLERANCE = 0.05  # relative error of a recorded tensor, beyond which a precision is not taken
+TOLERANCE = 0.05  # largest relative error of a recorded tensor at which a precision is used
 
 
 def check_precision(precision: str) -> str:
-    """Returns ``precision``, else raises ``ValueError``."""
+    """Returns ``precision``, or raises ``ValueError`` if it is unknown."""
     names = ['auto', *PRECISIONS]
     if precision not in names:
         raise ValueError(f'teacher_precision: unknown precision, got {precision!r}, expected one of '
-                         f'{", ".join(names)}. "auto" suits the device')
+                         f'{", ".join(names)}. "auto" chooses by device')
     return precision
 
 
 @lru_cache(None)
 def cpu_computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 (AVX512-BF16 or AMX); without them it is many times slower."""
+    """Whether the CPU has bfloat16 instructions (AVX512-BF16 or AMX). Without them, bfloat16 is many times slower."""
     try:
         flags = Path('/proc/cpuinfo').read_text().split()
     except OSError:
@@ -38,11 +38,11 @@ def cpu_computes_bfloat16() -> bool:
 
 
 def suitable_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.dtype:
-    """Returns the precision in which a teacher runs fastest on ``device``, without loss for what it teaches.
+    """Returns the precision in which a teacher runs fastest on ``device`` without loss in distillation.
 
     Args:
-        device: where the teacher is.
-        autocast: the student's precision under ``--amp``, which the teacher follows where the device computes in it.
+        device: device of the teacher.
+        autocast: the student's precision with ``--amp``. The teacher uses it on a GPU.
     """
     if device.type == 'cuda':
         return autocast or torch.float16
@@ -52,47 +52,48 @@ def suitable_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.
 
 
 class TeacherPrecision:
-    """Runs the teacher as inference does: in half precision and ``channels_last``, where the device is made for it.
+    """Runs the teacher in half precision and ``channels_last`` on devices that support it.
 
-    The teacher itself stays in float32: in a step, and only there, its modules hold converted parameters and
-    buffers. So its state dict, what is inherited from it, and its predictions are those of float32. Batch norm keeps
-    its parameters in float32.
+    The teacher itself stays in float32. Only during a step, its modules hold converted parameters and buffers. So its
+    state dict, inherited weights and predictions are in float32. Batch norm keeps its parameters in float32.
 
-    When the teacher first runs on a device, it runs on that batch in float32 as well, and what is recorded is
-    compared. A model that mixes precisions by itself (Swin, DETR) cannot run in pure half: then autocast is taken.
-    Where a recorded tensor is not finite, or its relative error :math:`|x - x_{32}| / |x_{32}|` is above
-    ``TOLERANCE``, 0.05, float32 is taken. Each decision is one line in the log.
+    When the teacher first runs on a device, it also runs on that batch in float32, and the records are compared. A
+    model that mixes precisions itself (Swin, DETR) cannot run in pure half precision. In this case, autocast is used.
+    If a recorded tensor is not finite, or its relative error :math:`|x - x_{32}| / |x_{32}|` is above ``TOLERANCE``,
+    0.05, float32 is used. The log has each decision in one line.
 
-    Records reach the losses in the dtype of the student's images and contiguous. Under autocast, where losses take
-    any dtype, they keep theirs.
+    The losses get contiguous records in the dtype of the student's images. Under autocast, where losses accept any
+    dtype, records keep their dtype.
 
-    A teacher that is recorded in its loss, which would compute in half too, runs as the student does.
+    A teacher that is recorded in its loss runs in the student's precision, because its loss would also run in half
+    precision.
 
     Args:
-        forward: the teacher's.
-        precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, or ``'auto'``: float16 on a GPU, the dtype of
-            autocast under ``--amp``; bfloat16 on a CPU with instructions for it; else float32.
-        title: what the log calls the teacher.
+        forward: forward of the teacher.
+        precision: ``'float32'``, ``'bfloat16'``, ``'float16'``, or ``'auto'``: float16 on a GPU, or the dtype of
+            autocast with ``--amp``; bfloat16 on a CPU with instructions for it; otherwise float32.
+        title: name of the teacher in the log.
 
-    A RetinaNet R18 trained on BCCD, against a student at its start: float16 changes recorded maps by 1e-3, losses by at
-    most 5e-4 and their gradients by 1e-3, bfloat16 by 1e-2, 8e-3 and 1e-2. Near the end of training, where student
-    and teacher agree to 5 %, the gradients change by 1e-2 and 1e-1. AMD's paper form and attention transfer, which see
-    small differences of large sums, change in value the most: 2e-3 and 7e-2, where MSE and PKD change by 8e-4 and 8e-3.
+    With a RetinaNet R18 trained on BCCD and an untrained student, float16 changes recorded maps by 1e-3, losses by at
+    most 5e-4 and their gradients by 1e-3; bfloat16 by 1e-2, 8e-3 and 1e-2. Near the end of training, where student
+    and teacher agree to 5 %, the gradients change by 1e-2 and 1e-1. The values of AMD's paper form and of attention
+    transfer change the most, because they are small differences of large sums: 2e-3 and 7e-2. MSE and PKD change by
+    8e-4 and 8e-3.
     """
 
     def __init__(self, forward: PartialForward, precision: str, title: str = 'the teacher') -> None:
         self.forward = forward
         self.precision = precision
         self.title = title
-        self.forms: dict[tuple[torch.device, torch.dtype], _Form] = {}  # decided, by device and wanted dtype
+        self.forms: dict[tuple[torch.device, torch.dtype], _Form] = {}  # by device and requested dtype
         forward.model.register_load_state_dict_post_hook(self.forget)
 
     def forget(self, *_) -> None:
-        """Drops converted weights: the teacher has moved or changed. Serves as a hook, too."""
+        """Drops converted weights after the teacher has moved or changed. Also used as a hook."""
         self.forms.clear()
 
     def __call__(self, inputs: Tensor, data_samples: list | None) -> None:
-        """Fills the recorders of the teacher. Args: as :class:`PartialForward`'s."""
+        """Fills the recorders of the teacher. For the arguments, see :class:`PartialForward`."""
         autocast = _autocast_dtype(inputs.device.type)
         if self.forward.mode == 'loss' or not inputs.is_floating_point():
             self.forward(inputs, data_samples)
@@ -118,17 +119,17 @@ class TeacherPrecision:
         for form in (_Form(self.forward, dtype, pure=True), _Form(self.forward, dtype)):
             try:
                 form(inputs, data_samples)
-            except Exception as error:  # whatever a model answers to a dtype that it does not expect
+            except Exception as error:  # models raise different errors for a dtype that they do not accept
                 reasons.append(f'{form.title} fails: {str(error).splitlines()[0][:120]}')
                 continue
             error = _relative_error(self._records(), expected)
             if error <= TOLERANCE:
                 because = f' ({reasons[0]})' if reasons else ''
-                print_log(f'teacher_precision: {self.title} runs in {form.title} on {inputs.device}{because}; the '
-                          f'largest relative error of what is recorded is {error:.1e}.', logger='current')
+                print_log(f'teacher_precision: {self.title} runs in {form.title} on {inputs.device}{because}. The '
+                          f'largest relative error of the records is {error:.1e}.', logger='current')
                 return form
             reasons.append(f'{form.title} has a relative error of {error:.1e}, above {TOLERANCE}')
-        print_log(f'teacher_precision: {self.title} runs in float32 on {inputs.device}, for {name} does not suit it: '
+        print_log(f'teacher_precision: {self.title} runs in float32 on {inputs.device} instead of {name}: '
                   f'{"; ".join(reasons)}.', logger='current', level=logging.WARNING)
         return plain
 
@@ -139,11 +140,11 @@ class TeacherPrecision:
 
 
 class _Form:
-    """One way to run the teacher: as it is, in ``dtype`` by autocast, or purely in it.
+    """One way to run the teacher: unchanged, in ``dtype`` by autocast, or entirely in ``dtype``.
 
     Args:
-        dtype: None is as it is.
-        pure: converts all weights, and the layout; else autocast does what is left to do.
+        dtype: None for unchanged.
+        pure: whether all weights and the memory format are converted; otherwise autocast does the rest.
     """
 
     def __init__(self, forward: PartialForward, dtype: torch.dtype | None = None, pure: bool = False) -> None:
@@ -174,10 +175,10 @@ class _Form:
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, pure: bool) -> list[tuple[dict, str, Tensor]]:
-    """Returns where each parameter and buffer to convert is held, its name there and its converted value.
+    """Returns (dict that holds the tensor, name, converted value) for each parameter and buffer to convert.
 
-    They are those of all layers but batch norm, which is exact in float32 and takes half; if not ``pure``, only those
-    that autocast would convert in every step.
+    These are the tensors of all layers except batch norm, which accepts half-precision inputs and is exact in float32.
+    If not ``pure``, only the tensors that autocast would convert in every step.
     """
     found, done = [], {}
     for module in model.modules():
@@ -207,7 +208,7 @@ def _lend(lent: list[tuple[dict, str, Tensor]]) -> Iterator[None]:
 
 
 def _relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Returns the largest relative error of a tensor, infinite where one is not finite or is missing."""
+    """Returns the largest relative error of a tensor; infinity if a tensor is not finite or is missing."""
     if [x.shape for x in found] != [x.shape for x in expected]:
         return float('inf')
     errors = [0.]
@@ -220,7 +221,7 @@ def _relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
-    """Returns the dtype of autocast on a type of device, if it is on."""
+    """Returns the dtype of autocast on a device type, or None if autocast is off."""
     if device not in ('cuda', 'cpu'):
         return None
     if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4

@@ -1,4 +1,4 @@
-"""A frozen teacher, a student and what it is to learn."""
+"""The distillation algorithm, with a student and one or several frozen teachers."""
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,74 +31,72 @@ from .second_batch import set_second_batch_aside, take_second_batch
 from .student_parts import StudentParts
 from .unlabelled import UnlabelledPart, freeze_unreached, record_student
 
-Losses = dict[str, dict[str, Tensor]]  # of the distillation, by teacher
+Losses = dict[str, dict[str, Tensor]]  # distillation losses by teacher
 
 
 @MODELS.register_module()
 class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
-    """MMRazor's ``SingleTeacherDistill`` with checks at build time and a teacher that costs no more than it has to.
+    """MMRazor's ``SingleTeacherDistill`` with checks at build time, a cheaper teacher and several teachers.
 
     Attributes:
-        teachers: :class:`.FrozenTeacher` by name; '' is the name of the only one.
-        teacher, distiller: the network and what compares it with the student; modules by name if there are several.
+        teachers: :class:`.FrozenTeacher` by name; a single teacher has the name ''.
+        teacher, distiller: the teacher's network and its distiller; modules by name if there are several teachers.
 
     - The teacher is in eval mode, without gradient, and runs only as far as its recorders read. It is not a
-      submodule, so checkpoints, EMA copies, optimizers and parallel wrappers do not contain it. A resumed run reads
+      submodule, so checkpoints, EMA copies, optimizers and parallel wrappers do not contain it. A resumed run loads
       it from its own file.
     - The student's preprocessor makes the batch. If the teacher has another normalisation, channel order, padding or
       input size, it gets the batch in that form. Maps of equal stride are cropped to their common size.
-    - The teacher runs in half precision on devices made for it.
-    - Layers of backbone and neck work in place, as without distillation, unless this changes what is recorded.
-      MMRazor turns this off for all layers.
+    - The teacher runs in half precision on devices that support it.
+    - Layers of backbone and neck work in place, as without distillation, unless this changes a record. MMRazor turns
+      in-place operations off for all layers.
     - Hooks of the student's config find the student's parts, see :class:`.StudentParts`. Constructors of optimizers
       find the student's parameters under their own names.
     - Configuration errors are reported when the model is built.
 
-    Several teachers have names, and each has a distiller of its own. Each network runs once in a step::
+    Several teachers have names, and each has its own distiller. Each network runs once per step::
 
         teacher=dict(big=dict(cfg_path='big.py'), other=dict(cfg_path='other.py')),
         teacher_ckpt=dict(big='big.pth', other='other.pth'),
         distiller=dict(big=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base='pkd', loss_weight=5.0),
                        other=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base='fitnet'))
 
-    Unscoped types within ``distiller`` are MMRazor's.
+    Types in ``distiller`` without a scope are MMRazor's.
 
     Args:
         architecture: the student, a config or a built model.
-        teacher: the teacher, likewise, or a dict of teachers by name. Both take ``dict(cfg_path=...)``, of a
-            library's config (``'mmdet::...'``) or a file of one's own.
-        distiller: config of MMRazor's ``ConfigurableDistiller``,
-            :class:`AMDDistiller` or another. With several teachers a dict of these by the same names; so are
-            ``teacher_ckpt`` and ``inherit``, and so may be ``teacher_precision`` and ``teacher_input_size``.
-        teacher_ckpt: the teacher's weights, a file or address; every weight
-            must fit.
-        student_ckpt: weights that the student starts from, likewise.
-        inherit: names of student modules, such as ``['neck', 'bbox_head']``,
-            that start from the teacher's weights where names and shapes agree
-            (the inheriting strategy of FGD, arXiv 2111.11837, and MGD, arXiv 2205.01529). They do so also after
-            ``load_from`` a checkpoint of the plain student, but not after one of the distillation.
+        teacher: the teacher, a config or a built model, or a dict of teachers by name. Student and teacher can be
+            ``dict(cfg_path=...)``, with a library's config (``'mmdet::...'``) or your own file.
+        distiller: config of MMRazor's ``ConfigurableDistiller``, :class:`AMDDistiller` or another distiller. With
+            several teachers, a dict of these by the same names. Then ``teacher_ckpt`` and ``inherit`` are dicts too,
+            and ``teacher_precision`` and ``teacher_input_size`` may be.
+        teacher_ckpt: file or URL of the teacher's weights. All weights must fit.
+        student_ckpt: file or URL of the student's initial weights. All weights must fit.
+        inherit: names of student modules, such as ``['neck', 'bbox_head']``, that are initialised with the teacher's
+            weights of the same name and shape (the inheriting strategy of FGD, arXiv 2111.11837, and MGD,
+            arXiv 2205.01529). This is repeated after ``load_from`` a checkpoint of the plain student, but not after
+            one of the distillation.
         allow_random_teacher: whether the teacher may have no weights. Its own config then initialises it.
-        trust_checkpoint: whether weights files may run code when they are loaded: these two, and whatever both
-            models read when they are built and initialised. By default they are read as data, and one that asks
-            for more is refused.
-        calculate_student_loss: whether the student learns its task, too. Otherwise it learns from the teacher alone:
-            it runs no further than its recorders read, without labels, and parameters that nothing recorded depends on
+        trust_checkpoint: whether weights files may run code when they are loaded. This applies to both checkpoints and
+            to all files that the models read when they are built and initialised. By default, files are read as data,
+            and a file that contains more is refused.
+        calculate_student_loss: whether the student also learns its task. If False, it learns only from the teacher. It
+            then runs without labels and only as far as its recorders read, and parameters that no record depends on
             are frozen.
-        teacher_precision: ``'auto'`` is float16 on a GPU (under ``--amp`` its dtype), bfloat16 on a CPU with
-            instructions for it, else float32; or ``'float32'``, ``'bfloat16'`` or ``'float16'``. See
+        teacher_precision: ``'auto'``, ``'float32'``, ``'bfloat16'`` or ``'float16'``. ``'auto'`` is float16 on a GPU
+            (the dtype of ``--amp`` with it), bfloat16 on a CPU with instructions for it, and otherwise float32. See
             :class:`.TeacherPrecision`.
-        teacher_input_size: height and width to which the batch is resized for the teacher; its maps are interpolated
-            to the size of the student's. By default it sees the student's images.
-        input_size: height and width of the student's images, where the data pipeline fixes them: the losses are tried
-            at this size. By default 256 x 256 for detectors, 224 x 224 for others, and an odd size.
-        loss_schedules: by name of a distillation loss or a pattern such as
-            ``'loss_amd*'``, with several teachers ``'NAME.loss_amd*'``, the arguments of :class:`LossSchedule`, or a
-            list of them, which multiply.
-        data_preprocessor: the student's; ``Runner`` puts a config's top-level one here.
+        teacher_input_size: height and width to which the batch is resized for the teacher. Its maps are interpolated
+            to the size of the student's. By default, the teacher gets the student's image size.
+        input_size: height and width of the student's images if the data pipeline fixes them. The losses are tried at
+            this size. By default, they are tried at 256 x 256 for detectors, 224 x 224 for others, and at an odd size.
+        loss_schedules: arguments of :class:`LossSchedule`, or a list of them, which are multiplied, by name of a
+            distillation loss or a pattern such as ``'loss_amd*'``, with several teachers ``'NAME.loss_amd*'``.
+        data_preprocessor: the student's preprocessor. ``Runner`` passes the config's top-level one.
         init_cfg: as in MMEngine.
 
     Raises:
-        ValueError: a field is wrong; says which, what was given and what was expected.
+        ValueError: a field is wrong. The message has the field, the given value and the expected value.
     """
 
     def __init__(self,
@@ -122,18 +120,18 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                                                 teacher_input_size))
         fields = {name: check_fields(name, each, allow_random_teacher) for name, each in fields.items()}
 
-        # The student's own constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
+        # The student's constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
         if isinstance(architecture, dict):
             if not architecture.get('cfg_path') and data_preprocessor is not None:
                 architecture = dict(architecture)
                 architecture.setdefault('data_preprocessor', data_preprocessor)
             data_preprocessor = None
         architecture = build_model('architecture', architecture, trust_checkpoint)
-        in_place = layers_in_place(architecture)  # MMRazor stops them from it
+        in_place = layers_in_place(architecture)  # MMRazor turns in-place operations off
 
-        # The student's random start is the one it has when trained alone with the same seed.
+        # The student gets the same random weights as when trained alone with the same seed.
         with random_stream_kept(), data_only(trust_checkpoint):
-            with DefaultScope.overwrite_default_scope('mmrazor'):  # not the base's own, which takes one teacher
+            with DefaultScope.overwrite_default_scope('mmrazor'):  # the base's own takes a single teacher
                 BaseAlgorithm.__init__(self, architecture, data_preprocessor, init_cfg)
             self.calculate_student_loss = calculate_student_loss
             self.distillation_stopped = False  # MMRazor's StopDistillHook sets it
@@ -155,21 +153,21 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             except ValueError as error:
                 if 'does not fit' not in str(error):
                     raise
-                raise ValueError(f'{error}\nIf only a part is meant to fit, as of a student for other classes, give '
-                                 'the file as load_from, which takes the weights of equal name and shape') from error
+                raise ValueError(f'{error}\nIf only a part should fit, as with other classes, set load_from to the '
+                                 'file. It loads the weights of equal name and shape') from error
             self.student._is_init = True
         self.trust_checkpoint = trust_checkpoint
         self._schedules = build_schedules(
             loss_schedules or {}, [name for teacher in teachers.values() for name in teacher.loss_names])
         self._zero_watch = ZeroWatch()
-        self._reported = False  # whether the log has the gradients of the first iteration
+        self._reported = False  # whether the gradients of the first iteration are logged
         self.data_preprocessor.register_forward_pre_hook(set_second_batch_aside)
         self.register_load_state_dict_post_hook(_after_load)
         self.__dict__['_follow_conversion'] = FollowConversion(self.student, self._student_recorders)
         self.__dict__['_passes_for_student'] = True
 
     def _set_teachers(self, teachers: dict[str, FrozenTeacher]) -> None:
-        """Makes ``teacher`` and ``distiller`` those of the only teacher, or dicts of modules by name."""
+        """Sets ``teacher`` and ``distiller`` to those of a single teacher, or to dicts of modules by name."""
         if '' in teachers:
             network, self.distiller = teachers[''].network, teachers[''].distiller
             self.__dict__['_student_recorders'] = self.distiller.student_recorders
@@ -185,12 +183,12 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     @property
     def optimised_parts(self) -> tuple[nn.Module, nn.Module]:
-        """The student, whose parameter groups are those of its plain training, and what is trained beside it."""
+        """The student, with the parameter groups of its plain training, and the distiller's trained parts."""
         return self.student, self.distiller
 
     @property
     def _outside(self) -> list[nn.Module]:
-        """Modules that belong to the device, but not to the state, of this one; an EMA copy only borrows them."""
+        """Modules that move to the model's device but are not in its state; an EMA copy does not own them."""
         return [] if self.__dict__.get('_is_copy') else [
             module for teacher in self.__dict__.get('teachers', {}).values()
             for module in (teacher.network, teacher.inputs) if module]
@@ -213,17 +211,17 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         return new
 
     def train(self, mode: bool = True) -> 'TeacherStudentDistill':
-        """As ever, but the teacher, outside, stays in eval mode; every loop of MMEngine begins with it."""
+        """Sets the mode of all but the teacher, which stays in eval mode. MMEngine's loops call this first."""
         nn.Module.train(self, mode)
         self._follow_conversion(self.student)
         if id(getattr(self.teacher, 'data_preprocessor', None)) != self._preprocessor_of_teacher:
-            raise ValueError('teacher.data_preprocessor: another has taken its place since the model was built, so '
-                             'that the teacher would be shown wrong images. mmrazor.SingleTeacherDistillValLoop does '
-                             "that: set val_cfg.type='mmkd_plugin.TeacherStudentValLoop'")
+            raise ValueError('teacher.data_preprocessor: was replaced after the model was built, so the teacher would '
+                             'get wrong images. mmrazor.SingleTeacherDistillValLoop does this. Set '
+                             "val_cfg.type='mmkd_plugin.TeacherStudentValLoop'")
         return self
 
     def init_weights(self) -> None:
-        """Initialises the student as if alone, then the distiller, then what the student inherits."""
+        """Initialises the student as without distillation, then the distiller, then the inherited modules."""
         if not self.student.is_init:
             initialize(self.student, 'architecture', self.trust_checkpoint)
         with random_stream_kept(), data_only(self.trust_checkpoint):
@@ -242,11 +240,11 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
     def loss(self, batch_inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
         """Returns ``student.*``, the task losses, and ``distill.*``, the weighted distillation losses.
 
-        Those of several teachers are ``distill.NAME.*``.
+        With several teachers, the distillation losses are ``distill.NAME.*``.
 
-        A train loop with unlabelled images gives a second batch, and then there is ``unlabelled.*``: the distillation
-        losses of that batch, but for those that read labels. Batch norm normalises each of the two batches by its own
-        statistics, and its running statistics follow both, the unlabelled one last.
+        A train loop with unlabelled images gives a second batch. The distillation losses of this batch are
+        ``unlabelled.*``, without the losses that need labels. Batch norm normalises each of the two batches by its own
+        statistics, and its running statistics are updated with both, the unlabelled batch last.
         """
         search_batch, unlabelled = take_second_batch(self.data_preprocessor)
         distilling, expected_zero = not self.distillation_stopped, set()
@@ -261,8 +259,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         elif distilling:
             record_student(self.student, self._unlabelled_parts, batch_inputs, data_samples)
         else:
-            raise ValueError('calculate_student_loss: False leaves nothing to learn once the distillation is stopped. '
-                             'Set it to True, or take the hook that stops the distillation out')
+            raise ValueError('calculate_student_loss: False leaves no loss after the distillation is stopped. Set it '
+                             'to True, or remove the hook that stops the distillation')
         if distilling:
             distilled = self._distill_losses(batch_inputs, data_samples, search_batch is not None)
             if self.training and self.calculate_student_loss:
@@ -277,7 +275,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 losses.update(distilled)
                 expected_zero |= more
         elif any(parameter.requires_grad for parameter in self.distiller.parameters()):
-            losses['loss_unused'] = exact_zero(self.distiller)  # DistributedDataParallel misses no gradient
+            losses['loss_unused'] = exact_zero(self.distiller)  # so that DistributedDataParallel gets all gradients
             expected_zero = {'loss_unused'}
         self._forget_records()
         if self.training:
@@ -285,7 +283,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         return losses
 
     def parse_losses(self, losses: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in MMEngine, in fewer operations: a scalar is its own mean, and the total is one sum."""
+        """As in MMEngine, with fewer operations: no mean of a scalar, and one sum for the total."""
         parts = {name: loss if isinstance(loss, list) else [loss] for name, loss in losses.items()}
         for name, values in parts.items():
             if not values or not all(isinstance(value, Tensor) for value in values):
@@ -296,7 +294,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         return loss, OrderedDict(loss=loss, **means)
 
     def _leave_out_the_task(self) -> None:
-        """Prepares for training by the distillation alone, or raises ``ValueError``."""
+        """Prepares training without the task loss, or raises ``ValueError``."""
         for teacher in self.teachers.values():
             with naming(teacher.name):
                 teacher.check_without_task()
@@ -319,10 +317,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             teacher.forget_records()
 
     def _distill_losses(self, batch_inputs: Tensor, data_samples: list | None, searching: bool) -> Losses:
-        """Returns the weighted losses of each teacher; ``searching``: a policy has a batch of its own."""
+        """Returns the weighted losses of each teacher; ``searching``: whether there is a batch for the search."""
         if searching and all(teacher.policy is None for teacher in self.teachers.values()):
-            raise ValueError('The train loop gives a second batch, to search a policy with, but the distiller, '
-                             f'{type(self.distiller).__name__}, has none: use a plain train loop')
+            raise ValueError('The train loop gives a second batch for the search of a policy, but the distiller, '
+                             f'{type(self.distiller).__name__}, has no policy. Use a plain train loop')
         losses = {}
         for name, teacher in self.teachers.items():
             teacher.align()
@@ -332,7 +330,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         return losses
 
     def _compare_gradients(self, task_losses: dict[str, Tensor], losses: Losses) -> None:
-        """Lets distillers compare the gradients of their losses with the task's: for the log, once, or themselves."""
+        """Lets distillers compare their gradients with the task's, once for the log, and to measure weights."""
         reports = []
         for name, teacher in self.teachers.items():
             if not self._reported and hasattr(teacher.distiller, 'gradient_report'):
@@ -343,11 +341,11 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         self._reported = True
         if reports:
             print_log("Gradients at the distilled layers in the first iteration, relative to the task's: "
-                      f'{"; ".join(reports)}. A part that is a hundred times the task leaves it little of a clipped '
-                      'gradient.', logger='current')
+                      f'{"; ".join(reports)}. If a part is a hundred times the task, little of a clipped gradient is '
+                      'left for the task.', logger='current')
 
     def _weighed(self, losses: Losses, prefix: str) -> tuple[dict[str, Tensor], set[str]]:
-        """Returns the losses with their schedules' factors under full names, and the names of those of weight zero."""
+        """Returns the losses times their schedules, under full names, and the names of losses whose weight is zero."""
         found, expected_zero = {}, set()
         for teacher in self.teachers.values():
             for name, loss in losses[teacher.name].items():
@@ -361,13 +359,13 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         return found, expected_zero
 
     def check_unlabelled(self) -> None:
-        """Raises ``ValueError`` if unlabelled images teach nothing; warns of losses that skip them."""
+        """Raises ``ValueError`` if all losses need labels, and warns about the losses that need them."""
         for teacher in self.teachers.values():
             with naming(teacher.name):
                 teacher.unlabelled.check(teacher.distiller, teacher.forward.forward)
 
     def _unlabelled_losses(self, batch: dict) -> Losses:
-        data = self.data_preprocessor(batch, False)  # not for training: no mixup, no masks, nothing that reads labels
+        data = self.data_preprocessor(batch, False)  # not for training, so no mixup, masks or labels
         inputs, data_samples = data['inputs'], data.get('data_samples')
         self._record_teachers(inputs, data_samples)
         record_student(self.student, self._unlabelled_parts, inputs, data_samples)
@@ -378,7 +376,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         return losses
 
     def _add_held_out_policy_losses(self, losses: Losses, search_batch: dict) -> None:
-        """Adds the policies' losses on a batch of their own, which leaves no trace in the student."""
+        """Adds the policies' losses on the search batch. The student's state does not change."""
         searching = {name: teacher for name, teacher in self.teachers.items() if teacher.searches}
         if not searching:
             return
@@ -400,7 +398,7 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:
-        """Takes a checkpoint of this algorithm, which must fit entirely, or of the plain student."""
+        """Loads a checkpoint of this algorithm, which must fit completely, or of the plain student."""
         student = prefix + STUDENT_PREFIX
         whole = any(key.startswith(student) for key in state_dict)
         # Loaders of torch and of MMEngine both call this and then the hook below, but the hook sees no error messages.
@@ -409,8 +407,9 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
             names = self.student.state_dict()
             if not any(prefix + name in state_dict for name in names):
                 given = ', '.join(list(state_dict)[:5])
-                raise ValueError(f'load_from: no weight of the student, {type(self.student).__name__}, is in the '
-                                 f'checkpoint, which has {given}, ...; it has {", ".join(list(names)[:5])}, ...')
+                raise ValueError(f'load_from: the checkpoint has no weight of the student, '
+                                 f'{type(self.student).__name__}, got {given}, ..., '
+                                 f'expected {", ".join(list(names)[:5])}, ...')
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 state_dict[student + key[len(prefix):]] = state_dict.pop(key)
         for key in [key for key in state_dict if key.startswith(prefix + 'teacher.')]:
@@ -420,32 +419,32 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
 
 def _after_load(model: TeacherStudentDistill, incompatible) -> None:
-    """Refuses a checkpoint of the algorithm that fits in part, as it would resume to another training.
+    """Raises ``ValueError`` for a checkpoint of the algorithm that fits only in part, because a resume would differ.
 
-    One of the plain student, by ``load_from``, comes after the initialisation, and has overwritten what was inherited.
+    A checkpoint of the plain student by ``load_from`` has overwritten the inherited weights, so they are copied again.
     """
     error_msgs, unexpected = model.__dict__.pop('_whole_load')
     missing = [key for key in incompatible.missing_keys if 'num_batches_tracked' not in key]
     if error_msgs is not None and (missing or unexpected or error_msgs):
-        raise ValueError('The checkpoint does not fit the model of this config (to start from its student alone, give '
-                         'it as model.student_ckpt):\n' + '\n'.join(
+        raise ValueError('The checkpoint does not fit the model of this config. To start from its student alone, set '
+                         'model.student_ckpt to it:\n' + '\n'.join(
             [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
             + error_msgs[:20]))
     if error_msgs is None and model.is_init and model.training and any(
             teacher.inherit for teacher in model.teachers.values()):
-        print_log('inherit: once more, after the student has been loaded.', logger='current')
+        print_log('inherit: repeated after the student was loaded.', logger='current')
         model._inherit()
 
 
 def _check_several(teachers: dict[str, FrozenTeacher]) -> None:
-    """Raises ``ValueError`` for what only one teacher can do."""
+    """Raises ``ValueError`` for fields that need a single teacher."""
     for name, teacher in teachers.items():
         if teacher.distiller.deliveries.deliveries:
-            raise ValueError(f'distiller.{name}.distill_deliveries: hand on what one teacher computes, got several '
-                             'teachers. Take them out')
+            raise ValueError(f'distiller.{name}.distill_deliveries: need a single teacher, got several teachers. '
+                             'Remove them')
         if getattr(teacher.policy, 'objective', None) == 'agreement':
-            raise ValueError(f"distiller.{name}.dafa.objective: 'agreement' takes for the task's all gradient that is "
-                             "not this distiller's, got several teachers. Use 'similarity'")
+            raise ValueError(f"distiller.{name}.dafa.objective: 'agreement' counts the gradient of all other losses as "
+                             "the task's, got several teachers, expected one. Use 'similarity'")
 
 
 def _total(scalars: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a distillation can learn from images without labels."""
+"""Distillation losses that need no labels, and the student's forward for them."""
 import logging
 from collections.abc import Mapping
 
@@ -16,14 +16,14 @@ from .dry_run import losses_without_labels, read_calls
 
 
 class UnlabelledPart:
-    """The losses that read no labels, and the part of the student that they need.
+    """The losses that need no labels, and the part of the student that they read.
 
-    A loss reads no labels if the networks' forward, without a loss, gives all that it reads.
+    A loss needs no labels if a forward of both networks without the task loss gives all its inputs.
 
-    The recorders of ``distiller`` must be full of a dummy input.
+    The recorders of ``distiller`` must hold a dummy input.
 
     Args:
-        distiller: of the distillation.
+        distiller: the distiller.
         student: the student.
     """
 
@@ -38,25 +38,25 @@ class UnlabelledPart:
             and recorder.source and recorder.data_buffer})
 
     def check(self, distiller: ConfigurableDistiller, teacher: PartialForward) -> None:
-        """Raises ``ValueError`` if no loss can be computed without labels; warns of those that cannot."""
+        """Raises ``ValueError`` if all losses need labels, and warns about the losses that need them."""
         reason = None
         if distiller.deliveries.deliveries:
-            reason = 'distill_deliveries hand on what only a loss computes. Take them out'
+            reason = 'distill_deliveries need the task loss. Remove them'
         elif teacher.mode == 'loss':
-            reason = (f'{", ".join(self.skipped)} read(s) what runs in the teacher\'s loss only. Record layers that '
-                      'run in its forward')
+            reason = (f'{", ".join(self.skipped)} read(s) records of the teacher\'s loss. Record layers that run in '
+                      'its forward')
         elif not (self.losses or getattr(distiller, 'dams', None)):
-            reason = (f'no distillation loss does without labels, got {", ".join(self.skipped) or "no loss"}. Add '
-                      'one that compares layers, such as base="pkd"')
+            reason = (f'no distillation loss works without labels, got {", ".join(self.skipped) or "no loss"}. Add one '
+                      'that compares layers, such as base="pkd"')
         if reason:
             raise ValueError('train_cfg.unlabelled_dataloader: nothing can be learned from unlabelled images: '
                              f'{reason}')
         if self.skipped:
-            print_log(f'unlabelled_dataloader: {", ".join(self.skipped)} read(s) labels, or what only a loss computes, '
+            print_log(f'unlabelled_dataloader: {", ".join(self.skipped)} read(s) labels or records of the task loss, '
                       'and skip(s) the unlabelled images.', logger='current', level=logging.WARNING)
 
     def compute(self, distiller: ConfigurableDistiller) -> dict[str, Tensor]:
-        """Returns the weighted losses of what is recorded."""
+        """Returns the weighted losses of the records."""
         if isinstance(distiller, FeatureDistiller):
             return distiller.compute_unlabelled_losses(self.losses)
         return {name: distiller.distill_losses[name](**{
@@ -66,7 +66,7 @@ class UnlabelledPart:
 
 def record_student(student: nn.Module, parts: Mapping[str, UnlabelledPart], inputs: Tensor,
                    data_samples: list | None) -> None:
-    """Fills the recorders of all parts, by teacher, with gradient: one forward, no further than the layers recorded."""
+    """Fills the recorders of all parts, by teacher, in one forward with gradient, as far as the recorded layers."""
     recorders = merged({name: part.recorders for name, part in parts.items()})
     forward = PartialForward(student, recorders, {f'{name}.{recorder}': count for name, part in parts.items()
                                                   for recorder, count in part.calls.items()})

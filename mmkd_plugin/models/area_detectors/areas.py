@@ -1,14 +1,14 @@
-"""Distinctive areas of SoKD: where they are, how many cover each cell, and the losses of features and detections.
+"""Distinctive areas of SoKD: detection, number of areas per cell, and losses of features and detections.
 
-A pyramid is one row of cells: level after level, each level in reading order. Where neighbours in two dimensions
-matter, it is a stack of planes: one plane per level, as high and as wide as the largest level, with the level in the
-upper left corner. So the number of operations does not grow with the number of levels.
+A pyramid is stored as one row of cells, level by level, each level in reading order. Operations that need neighbours
+in two dimensions use a stack of planes, one plane per level. Each plane has the height and width of the largest level,
+and the level is in its upper left corner. So the number of operations does not grow with the number of levels.
 
 Letters: S networks, N images, C channels, V levels, (h, w) the map of one level, L cells of all levels, (H, W) the
 plane, P areas per level.
 
-The head's outputs are raw, (S, N, 5, L): the logit of the heatmap, then width, height, x and y as :func:`decode`
-reads them.
+The head's outputs are raw, (S, N, 5, L): the logit of the heatmap, then width, height, x and y as inputs of
+:func:`decode`.
 """
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,18 +20,18 @@ from torch import Tensor
 
 Shapes = tuple[tuple[int, int], ...]  # (h, w) of every level
 
-#: How :func:`area_loss` averages.
+#: Averages of :func:`area_loss`.
 AREA_REDUCTIONS = ('area', 'map')
 
 
 class Areas(NamedTuple):
-    """The best areas of each image and level, the best first."""
-    boxes: Tensor  # (N, V, P, 4), x1 y1 x2 y2 in whole cells, inside the map, at least one cell large
-    log_scores: Tensor  # (N, V, P), logarithm of the heatmap at the peak; -inf where the level has fewer than P peaks
+    """The best areas of each image and level, in descending order of their scores."""
+    boxes: Tensor  # (N, V, P, 4), x1 y1 x2 y2 in whole cells, inside the map, at least one cell
+    log_scores: Tensor  # (N, V, P), logarithm of the heatmap at the peak; -inf if the level has fewer than P peaks
 
 
 class Grid(NamedTuple):
-    """Where the cells of a row lie in the planes. It depends on nothing but the shapes of the levels."""
+    """Places of a row's cells in the planes. They depend only on the shapes of the levels."""
     cell: Tensor  # (V * H * W,), the cell at each place of the planes; outside the level, the level's first cell
     outside: Tensor  # (V, H, W), whether the place is outside the level
     place: Tensor  # (L,), the inverse of cell
@@ -40,18 +40,18 @@ class Grid(NamedTuple):
     step: Tensor  # (max(H, W),), 0, 1, 2, ...
     last: Tensor  # (2, V, 1), the last column and row of each level
     zero: Tensor  # ()
-    level: Tensor  # (L,), of each cell
+    level: Tensor  # (L,), level of each cell
     branch: Tensor  # (4, 1), the first element of each of the box's channels in (5, L)
     share: Tensor  # (5, L), 1 / (h w V); half of that for the branches of two channels
 
 
 def cells_of(shapes: Shapes) -> list[int]:
-    """Number of cells of every level, to split a row."""
+    """Returns the number of cells of each level, to split a row."""
     return [h * w for h, w in shapes]
 
 
 def constants(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers on a device, filled in there: a tensor that is made on the host and copied waits for the device."""
+    """Returns numbers on a device. They are filled in there, because a copy from the host waits for the device."""
     return torch.cat([torch.full((length, ), float(value), device=device)
                       for length, value in [(0, 0), *((1, value) for value in values)]])
 
@@ -59,7 +59,7 @@ def constants(values: Sequence[float], device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def pyramid_grid(shapes: Shapes, device: torch.device) -> Grid:
-    """The grid of a pyramid on a device, computed there once and then kept for as long as the shapes recur."""
+    """Returns the grid of a pyramid on a device. Grids are cached by shapes."""
     height, width = (max(side) for side in zip(*shapes, strict=True))
     y, x = (torch.arange(n, device=device) for n in (height, width))
     index = y.unsqueeze(1) * width + x
@@ -88,10 +88,10 @@ def pyramid_grid(shapes: Shapes, device: torch.device) -> Grid:
 
 
 def decode(raw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sizes and offsets of raw boxes, whose four channels are ``dim``.
+    """Returns sizes and offsets of raw boxes, with the four channels in dimension ``dim``.
 
     Returns:
-        Width and height in cells, positive, by softplus; x and y of the centre within its cell, in [0, 1], by sigmoid.
+        Width and height in cells, positive, by softplus; x and y of the centre in its cell, in [0, 1], by sigmoid.
     """
     size, offset = raw.split(2, dim)
     return F.softplus(size), offset.sigmoid()
@@ -99,18 +99,18 @@ def decode(raw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def find_areas(raw: Tensor, shapes: Shapes, num_areas: int) -> Areas:
-    """3x3 local maxima of the heatmap, the best P per level, each with the box of its offset and size.
+    """Returns the best P 3x3 local maxima of the heatmap per level, each with the box of its offset and size.
 
-    The heatmaps of S networks are multiplied, their sizes and offsets averaged. Heatmaps are ranked by their
-    logarithm, which keeps saturated and vanishing values apart. Of equal neighbours, which are common in half
-    precision and on constant maps, the first in reading order is the maximum. So each map has at least one area, and
-    a plateau has one and not many.
+    The heatmaps of S networks are multiplied, and their sizes and offsets are averaged. Heatmaps are ranked by their
+    logarithm, which distinguishes saturated and vanishing values. Equal neighbours are common in half precision and on
+    constant maps. The first of them in reading order is the maximum. So each map has at least one area, and a plateau
+    has a single one.
 
     A box covers the cells whose centre it contains, and always the cell of its peak.
 
     Args:
         raw: (S, N, 5, L), float32.
-        num_areas: P, or the number of places in a plane if that is less.
+        num_areas: P; at most the number of places in a plane is used.
     """
     grid = pyramid_grid(shapes, raw.device)
     levels, height, width = grid.outside.shape
@@ -124,14 +124,14 @@ def find_areas(raw: Tensor, shapes: Shapes, num_areas: int) -> Areas:
     at_peak = cells.flatten(1)[:, None].expand(len(raw), -1, 4, -1)  # (S, N, 4, V P)
     size, offset = (x.mean(0).unflatten(2, places.shape[1:]) for x in decode(raw[:, :, 1:].gather(3, at_peak), 2))
     peak = grid.xy.index_select(1, places.flatten()).view(2, *places.shape).transpose(0, 1)  # (N, 2, V, P)
-    centre = peak + (offset - 0.5)  # of cell 0 the centre is 0
+    centre = peak + (offset - 0.5)  # the centre of cell 0 is 0
     first = torch.clamp(torch.sub(centre, size, alpha=0.5).ceil(), grid.zero, peak)
     last = torch.clamp(torch.add(centre, size, alpha=0.5).floor(), peak, grid.last)
     return Areas(torch.cat([first, last + 1], 1).permute(0, 2, 3, 1), log_scores)
 
 
 def count_areas(areas: Areas, shapes: Shapes) -> Tensor:
-    """``sum_i M(A_i)``: the number of boxes over each place of the planes, (N, V, H, W) integers."""
+    """Returns ``sum_i M(A_i)``, the number of boxes over each place of the planes, (N, V, H, W) integers."""
     grid = pyramid_grid(shapes, areas.boxes.device)
     _, height, width = grid.outside.shape
     low, high = areas.boxes.unsqueeze(-1).split(2, 3)  # (N, V, P, 2, 1), x and y
@@ -142,22 +142,22 @@ def count_areas(areas: Areas, shapes: Shapes) -> Tensor:
 
 def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, reduction: str = 'area',
               factor: float = 1.) -> Tensor:
-    """``L_DA``: squared difference of features inside the areas, float32.
+    """Returns ``L_DA``, the squared difference of features inside the areas, float32.
 
-    The paper's ``sum_i || M(A_i) (S - T) ||^2`` over boxes, channels and positions, where a position under two boxes
-    counts twice, divided by C and, per image and level, by
+    The paper has ``sum_i || M(A_i) (S - T) ||^2`` over boxes, channels and positions. A position under two boxes counts
+    twice. Here the sum is divided by C and, per image and level, by
 
-    - 'area': the number of positions summed. A value is as large as on the mean over a map that differs everywhere
-      as it does in the areas, so that a position in a small area of a large map weighs much.
-    - 'map': the number of positions of the map. A position in an area weighs as much as it does in a mean squared
-      error of whole maps. The only known code of SoKD does this.
+    - 'area': the number of summed positions. The value is the mean squared difference in the areas, so a position in a
+      small area of a large map has a large weight.
+    - 'map': the number of positions of the map. A position in an area has the same weight as in a mean squared error
+      of whole maps. The only known code of SoKD does this.
 
-    Then the mean over images and levels. It is 0 without images.
+    The result is the mean over images and levels. It is 0 without images.
 
     Args:
         s_row, t_row: (N, C, L), any floating dtype.
-        counts: (N, V, H, W), as :func:`count_areas` returns them.
-        factor: Of the loss.
+        counts: (N, V, H, W), result of :func:`count_areas`.
+        factor: Factor of the loss.
     """
     grid = pyramid_grid(shapes, s_row.device)
     if reduction == 'area':
@@ -166,16 +166,16 @@ def area_loss(s_row: Tensor, t_row: Tensor, counts: Tensor, shapes: Shapes, redu
     if reduction == 'map':
         weight = weight * grid.share[0]
     square = F.mse_loss(s_row.float(), t_row.float(), reduction='none').sum(1)
-    levels = len(shapes) if reduction == 'area' else 1  # a share is already one of all levels
+    levels = len(shapes) if reduction == 'area' else 1  # a share already includes the mean over levels
     return (square * weight).sum() * (factor / max(levels * s_row.shape[0] * s_row.shape[1], 1))
 
 
 def detection_loss(s_raw: Tensor, t_raw: Tensor, shapes: Shapes, factor: float = 1.) -> Tensor:
-    """``L_D``: mean squared difference of each branch's output, summed over the three branches; mean of levels; times
-    ``factor``.
+    """Returns ``L_D`` times ``factor``: the mean squared difference of each branch's output, summed over the three
+    branches and averaged over levels.
 
-    Outputs are raw, (N, 5, L): logits, not probabilities. A sigmoid has a slope of 0.09 at 0.1, where the heatmap
-    starts, and would let it hardly learn to agree. Zero without images.
+    Outputs are raw, (N, 5, L), so the heatmap is compared as logits and not as probabilities. A sigmoid has a slope of
+    0.09 at 0.1, where the heatmap starts, so its gradient would be small. The loss is zero without images.
     """
     square = F.mse_loss(s_raw, t_raw, reduction='none')
     return (square * pyramid_grid(shapes, s_raw.device).share).sum() * (factor / max(len(s_raw), 1))

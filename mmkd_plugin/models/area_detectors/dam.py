@@ -27,15 +27,15 @@ from .heatmap_anchor import attention_loss, attention_map, centernet_loss, cente
 
 ANCHORS = ('boxes', 'attention', None)
 
-#: Whose heatmaps place the areas, in the order in which DAM's head sees the networks: teacher, student.
+#: Networks whose heatmaps give the areas, as slices of the networks of DAM's head: teacher, student.
 REGIONS = {'mutual': slice(0, 2), 'student': slice(1, 2), 'teacher': slice(0, 1)}
 
 
 class DetectionHead(nn.Module):
-    """Heatmap, size and offset of a feature map, each by a 3x3 convolution, ReLU and a 1x1 convolution.
+    """Predicts heatmap, size and offset of a feature map, each by a 3x3 convolution, ReLU and a 1x1 convolution.
 
-    All three read the same features, so their 3x3 convolutions are one, and it reads h channels that one
-    1x1 convolution makes of the C, a factorisation at rank h. Multiply-adds per position, C = 256:
+    The three branches share their input, so their 3x3 convolutions are computed as one. Before it, a 1x1 convolution
+    reduces the C channels to h, which is a factorisation of rank h. Multiply-adds per position, C = 256:
 
     ======================  =========================  =========
     three plain branches    27 C^2 + 5 C               1 770 752
@@ -45,7 +45,7 @@ class DetectionHead(nn.Module):
 
     For the 22 400 positions of a pyramid P3-P7 at 800 x 1344: 39.7, 2.9 and 0.8 G per image and network.
 
-    With ``hidden_channels >= channels`` nothing is reduced and the head is the three plain branches.
+    With ``hidden_channels >= channels``, there is no reduction, and the head is the three plain branches.
     """
 
     def __init__(self, channels: int, hidden_channels: int = 32):
@@ -60,7 +60,7 @@ class DetectionHead(nn.Module):
         nn.init.constant_(self.size.bias, math.log(math.e**3 - 1))  # softplus 3: areas start as 3 x 3 cells
 
     def forward(self, rows: Sequence[Tensor], shapes: Shapes) -> Tensor:
-        """The raw outputs, float32 (S, N, 5, L), for the (N, C, L) features of each of S networks, in one batch.
+        """Returns the raw outputs, float32 (S, N, 5, L), for the (N, C, L) features of S networks, in one batch.
 
         The five channels are the logit of the heatmap and width, height, x and y before
         :func:`~mmkd_plugin.models.area_detectors.decode`.
@@ -77,47 +77,45 @@ class DetectionHead(nn.Module):
 
 @MODELS.register_module()
 class DAM(nn.Module):
-    """Finds where student and teacher look, and compares them there.
+    """Detects distinctive areas in the features of student and teacher, and compares the features there.
 
     [0] Shen, Huang, Zhu, Fan, Zhang, Student-Oriented Teacher Knowledge Refinement for Knowledge
     Distillation, arXiv 2409.18785, 2024.
 
-    One detection head sees the adapted student features and the refined teacher features, of all levels.
-    It learns to say the same of both (``L_D``), and its best ``num_areas`` boxes per level are where the
-    features themselves must agree (``L_DA``). Areas are taken per level, not over the pyramid, because the
-    terms compare one level's pair of features each, and no level, however faint its heatmap, is left out.
+    One detection head reads the adapted student features and the refined teacher features of all levels. ``L_D`` trains
+    it to predict the same for both. ``L_DA`` compares the features in its best ``num_areas`` boxes per level. Areas are
+    selected per level and not over the pyramid, because each term compares the features of one level. So levels with
+    a weak heatmap also have areas.
 
-    ``L_D`` compares the head's raw outputs, not the probabilities and sizes that they mean: see
-    :func:`detection_loss`. Both terms are means that do not depend on the number of levels, boxes or
-    channels, where [0] writes plain sums. The weights of [0] are not
-    published; 1000 and 1000, on mean-squared terms, are known from one CIFAR setting with a single
-    map and ``area_reduction='map'``. The defaults put both terms on the scale of a mean-squared feature loss of
+    ``L_D`` compares the head's raw outputs instead of probabilities and sizes, see :func:`detection_loss`. Both terms
+    are means that do not depend on the number of levels, boxes or channels, where [0] has plain sums. The weights of
+    [0] are not published. Weights of 1000 and 1000, on mean-squared terms, are known from one CIFAR setting with a
+    single map and ``area_reduction='map'``. The defaults give both terms the scale of a mean-squared feature loss of
     weight 1.
 
-    [0] has nothing that keeps the head from saying the same everywhere, which minimises ``L_D``. The anchor
-    does; it supervises the head on the student and on the *unaugmented* teacher, as augmentation moves
-    objects.
+    In [0], a head with a constant output minimises ``L_D``. The anchor prevents this. It supervises the head on the
+    student and on the *unaugmented* teacher, because augmentation moves objects.
 
     The teacher's features are detached. ``L_D`` and the anchor train the head and, through it, the student
-    and its adapter; ``L_DA`` trains the student and its adapter. No gradient passes through boxes.
+    and its adapter. ``L_DA`` trains the student and its adapter. Boxes have no gradient.
 
     Args:
-        channels: Of the features, the teacher's.
-        in_channels: Of the student's features. DAM then owns an adapter from these to ``channels``. None: features
-            come with ``channels``, adapted by someone else.
-        adapter: Further arguments of :class:`ConvAdapter`: ``dict(signed=False)`` where the teacher's features end
-            in a ReLU.
-        num_areas: P, at most so many per level and image.
-        region: Whose heatmap places the areas: 'mutual' (the product), 'student' or 'teacher'.
+        channels: Channels of the features, which are the teacher's.
+        in_channels: Channels of the student's features. DAM then has an adapter from these to ``channels``. If None,
+            features must already have ``channels``.
+        adapter: Other arguments of :class:`ConvAdapter`. Use ``dict(signed=False)`` if the teacher's features end in a
+            ReLU.
+        num_areas: P, the largest number of areas per level and image.
+        region: The heatmap that gives the areas: 'mutual' (the product), 'student' or 'teacher'.
         anchor: 'boxes' (CenterNet targets, for detectors), 'attention' (the teacher's attention map, for
             classifiers) or None (the paper).
-        area_reduction: What ``L_DA`` is divided by, see :func:`area_loss`: the cells in areas ('area') or those of
-            the map ('map').
-        hidden_channels: Of the head, see :class:`DetectionHead`.
+        area_reduction: Divisor of ``L_DA``, see :func:`area_loss`: the number of cells in areas ('area') or in the map
+            ('map').
+        hidden_channels: Hidden channels of the head, see :class:`DetectionHead`.
         detect_loss_weight: Weight of ``L_D``.
-        area_loss_weight: Weight of ``L_DA``. The paper's is not published; 3 did best of 1, 3 and 10 on the digits.
-        anchor_loss_weight: Weight of the anchor, the mean of its values on student and teacher.
-        max_cells: With 'boxes', the longest side in cells of a box on any level but the deepest.
+        area_loss_weight: Weight of ``L_DA``. The paper's is not published. Of 1, 3 and 10, 3 was best on the digits.
+        anchor_loss_weight: Weight of the anchor, which is the mean of its values on student and teacher.
+        max_cells: With 'boxes', the longest side in cells of a box on any level except the deepest.
 
     Example:
         >>> dam = DAM(channels=256, in_channels=64)
@@ -173,13 +171,13 @@ class DAM(nn.Module):
             return None
         unknown = [key for key in adapter if key != 'signed']
         if unknown:
-            raise ValueError(f'DAM.adapter: an adapter takes signed, got {unknown[0]!r}. Remove it.')
+            raise ValueError(f'DAM.adapter: expected signed, got {unknown[0]!r}. Remove it.')
         in_channels = check_number('DAM.in_channels', in_channels, least=1, whole=True)
         return ConvAdapter(in_channels, self.channels, **adapter)
 
     def adapt(self, s_maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The student's (N, in_channels, H, W) maps, one per level, with the teacher's channels; the same maps where
-        DAM owns no adapter."""
+        """Maps the student's (N, in_channels, H, W) features, one per level, to the teacher's channels. Returns them
+        unchanged if DAM has no adapter."""
         return s_maps if self.adapter is None else self.adapter(s_maps)
 
     def forward(self,
@@ -188,13 +186,13 @@ class DAM(nn.Module):
                 t_features: Sequence[Tensor] | None = None,
                 gt_boxes: Sequence[Tensor] | None = None,
                 image_shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """The losses, float32 scalars, of features given per level, shallow to deep, (N, C, H, W) each.
+        """Returns the losses, float32 scalars. Features are given per level, shallow to deep, each (N, C, H, W).
 
         Args:
-            s_features: The student's, adapted to the teacher's channels and sizes, see :meth:`adapt`.
-            t_refined: The teacher's, refined.
-            t_features: The teacher's, unaugmented, for the anchor. None, or the same tensors as ``t_refined``: those
-                are unaugmented, and the head sees them once.
+            s_features: The student's features, adapted to the teacher's channels and sizes, see :meth:`adapt`.
+            t_refined: The teacher's refined features.
+            t_features: The teacher's unaugmented features, for the anchor. If None, or the same tensors as
+                ``t_refined``, those are unaugmented, and the head runs once on them.
             gt_boxes: For the anchor 'boxes', (n_i, 4) per image, x1 y1 x2 y2 in pixels of the padded input.
             image_shape: For the anchor 'boxes', (H, W) of the padded input.
 
@@ -202,7 +200,7 @@ class DAM(nn.Module):
             ``loss_dam_detect``, ``loss_dam_area`` and, unless the anchor is None, ``loss_dam_anchor``.
 
         Raises:
-            ValueError: features do not match each other or ``channels``, or the anchor lacks its boxes.
+            ValueError: shapes of features differ or do not have ``channels``, or the anchor has no boxes.
         """
         self._check_features(s_features=s_features, t_refined=t_refined, t_features=t_features or t_refined)
         networks = [t_refined, s_features]
@@ -218,13 +216,13 @@ class DAM(nn.Module):
         return losses
 
     def compare(self, s_features: Sequence[Tensor], t_refined: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``loss_dam_detect`` and ``loss_dam_area`` alone, see :meth:`forward`."""
+        """Returns only ``loss_dam_detect`` and ``loss_dam_area``, see :meth:`forward`."""
         self._check_features(s_features=s_features, t_refined=t_refined)
         rows, shapes = [to_row(t_refined).detach(), to_row(s_features)], _shapes(s_features)
         return self._comparison(self.head(rows, shapes), rows, shapes)
 
     def _comparison(self, raw: Tensor, rows: Sequence[Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        t_raw, s_raw, *_ = raw.unbind()  # float32 from here on: none of what follows is lowered by autocast
+        t_raw, s_raw, *_ = raw.unbind()  # float32 from here on, because autocast does not change the operations below
         counts = count_areas(find_areas(raw[REGIONS[self.region]], shapes, self.num_areas), shapes)
         return dict(
             loss_dam_detect=detection_loss(s_raw, t_raw, shapes, self.detect_loss_weight),
@@ -236,7 +234,7 @@ class DAM(nn.Module):
             return attention_loss(raw, attention_map(t_row, shapes), shapes, self.anchor_loss_weight)
         images = raw.shape[1]
         if gt_boxes is None or image_shape is None or len(gt_boxes) != images:
-            given = 'None' if gt_boxes is None else f'those of {len(gt_boxes)} images'
+            given = 'None' if gt_boxes is None else f'boxes of {len(gt_boxes)} images'
             raise ValueError(f"DAM with anchor='boxes' needs gt_boxes of {images} images and image_shape "
                              f'(H, W), got {given} and {image_shape}')
         target = centernet_targets([boxes.to(raw.device) for boxes in gt_boxes], image_shape, shapes, raw.device,
@@ -245,7 +243,7 @@ class DAM(nn.Module):
 
     @torch.no_grad()
     def detect(self, s_features: Sequence[Tensor], t_features: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """What DAM sees, per level, for pictures.
+        """Returns the detections per level, for pictures.
 
         Returns:
             ``s_heatmap`` and ``t_heatmap`` (N, H, W) in [0, 1]; ``boxes`` (N, P, 4), x1 y1 x2 y2 in cells;

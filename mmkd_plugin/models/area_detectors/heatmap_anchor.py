@@ -1,13 +1,13 @@
-"""What ties DAM's head to objects: CenterNet targets from boxes, or the teacher's attention.
+"""Anchors of DAM's head: CenterNet targets from boxes, or the teacher's attention.
 
-``L_D`` alone is minimised by a head that says the same everywhere, and ``L_DA`` sends no gradient through its
-boxes, so nothing in the paper's objective makes a distinctive area distinctive. An anchor does.
+A head with a constant output minimises ``L_D``, and ``L_DA`` has no gradient through its boxes. So nothing in the
+paper's objective makes the head find distinctive areas. An anchor supervises the head.
 
 [0] Zhou et al., Objects as Points, arXiv 1904.07850, 2019: the targets and the loss.
 [1] Law, Deng, CornerNet: Detecting Objects as Paired Keypoints, ECCV 2018: the radius.
 
 Letters: S networks, N images, B boxes of the whole batch, C channels, V levels, L cells of all levels, K cells of the
-largest square that a Gaussian fills.
+largest square of a Gaussian.
 """
 import math
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ Number = TypeVar('Number', float, Tensor)
 class CenterNetTarget(NamedTuple):
     """Targets of a pyramid."""
     heat: Tensor  # (N, L), 1 at centres, Gaussian around
-    exists: Tensor  # (B,), whether anything of the box is inside the input
+    exists: Tensor  # (B,), whether a part of the box is inside the input
     image: Tensor  # (B,), index of the image
-    cell: Tensor  # (B,), the centre's, in the row
+    cell: Tensor  # (B,), cell of the centre in the row
     size: Tensor  # (B, 2), width and height in cells
-    offset: Tensor  # (B, 2), x and y of the centre within its cell, in [0, 1]
+    offset: Tensor  # (B, 2), x and y of the centre in its cell, in [0, 1]
 
 
 class _Levels(NamedTuple):
-    """What the targets need of a pyramid's levels."""
+    """Values of a pyramid's levels for the targets."""
     zero: Tensor  # ()
     image_size: Tensor  # (4,), W H W H
-    longest: Tensor  # (V - 1,), pixels; the longest side of a box that each level but the deepest takes
+    longest: Tensor  # (V - 1,), pixels; the longest side of a box on each level except the deepest
     table: Tensor  # (V, 8), strides of x and y, twice the strides, last column and row, first cell, width
     moves: Tensor  # (V, K), from the centre of a Gaussian to each of its cells
     gaussians: Tensor  # (largest radius + 2, K), by radius, 0 beyond it; the last is 0 everywhere
@@ -45,10 +45,10 @@ class _Levels(NamedTuple):
 
 
 def level_stride(image_length: int, level_length: int) -> float:
-    """Pixels per cell along one axis.
+    """Returns the pixels per cell along one axis.
 
-    Strided networks halve and round up: 800 pixels at stride 128 are 7 cells. Where a power of two explains
-    the length so, it is the stride; else (patches of 14 pixels, resized maps) the ratio is.
+    Strided networks halve and round up, so 800 pixels at stride 128 are 7 cells. If a power of two gives this length,
+    it is the stride. Otherwise (patches of 14 pixels, resized maps), the stride is the ratio.
     """
     ratio = image_length / level_length
     power = 2.**round(math.log2(ratio))
@@ -56,10 +56,10 @@ def level_stride(image_length: int, level_length: int) -> float:
 
 
 def gaussian_radius(width: Number, height: Number, min_overlap: float) -> Number:
-    """Largest shift of a box's corners that keeps IoU ``min_overlap`` with it, [1].
+    """Returns the largest shift of a box's corners that keeps an IoU of ``min_overlap`` with it, [1].
 
-    [1] takes the least of three cases (both corners move together, inwards, outwards). Inwards, that is
-    ``(w - 2r)(h - 2r) >= o w h``, is always the least, so it is the only one computed.
+    [1] takes the smallest of three cases (both corners move together, inwards, outwards). The case inwards,
+    ``(w - 2r)(h - 2r) >= o w h``, is always the smallest, so only this one is computed.
     """
     total = width + height
     return (total - (total * total - 4 * (1 - min_overlap) * (width * height))**0.5) / 4
@@ -72,16 +72,16 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
                       device: torch.device,
                       max_cells: float = 8.,
                       min_overlap: float = 0.3) -> CenterNetTarget:
-    """CenterNet's targets [0] for a pyramid, levels shallow to deep.
+    """Returns CenterNet's targets [0] for a pyramid, levels shallow to deep.
 
-    ``gt_boxes`` has per image an (n_i, 4) tensor on ``device``, x1 y1 x2 y2 in pixels of the padded input of
-    ``image_shape`` (H, W); n_i may be 0. A box belongs to the first level on which its longer side is at
-    most ``max_cells`` cells, else to the deepest. Boxes are cut to the input, and count for nothing if
-    nothing is left of them.
+    ``gt_boxes`` has one (n_i, 4) tensor per image on ``device``, x1 y1 x2 y2 in pixels of the padded input of
+    ``image_shape`` (H, W); n_i may be 0. A box belongs to the first level on which its longer side is at most
+    ``max_cells`` cells, or to the deepest level if there is none. Boxes are cropped to the input. Boxes outside the
+    input are ignored.
 
-    No loop over boxes or levels, no tensor from the host and no host sync. Each box draws once, on its level, and
-    only the square a Gaussian can reach, which on all levels but the deepest is bounded by ``max_cells``: memory is
-    ``B K``, not ``B L``.
+    There is no loop over boxes or levels, no tensor from the host and no host sync. Each box draws only the square of
+    its Gaussian, on its level. Except on the deepest level, ``max_cells`` limits this square. So memory is ``B K``
+    instead of ``B L``.
     """
     levels = _levels(tuple(image_shape), shapes, max_cells, min_overlap, device)
     boxes, image = _one_batch(gt_boxes, device)
@@ -98,7 +98,7 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
     radius = gaussian_radius(size[:, 0], size[:, 1], min_overlap).long()
     gaussian = levels.gaussians.index_select(0, torch.where(exists, radius, levels.nothing))  # (B, K)
     cells = sum(cells_of(shapes))
-    # what a Gaussian has outside the map or beyond its radius is zero, and a zero changes no maximum, wherever it goes
+    # a Gaussian is zero outside the map and beyond its radius, and a zero does not change a maximum in any cell
     index = torch.add(cell, image, alpha=cells).unsqueeze(1) + levels.moves.index_select(0, level)
     heat = torch.zeros(len(gt_boxes) * cells, device=device)
     index = index.flatten().clamp(0, max(len(heat) - 1, 0))
@@ -107,7 +107,7 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
 
 
 def _one_batch(gt_boxes: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """All boxes, (B, 4), and the index of each one's image, (B,)."""
+    """Returns all boxes, (B, 4), and the index of the image of each, (B,)."""
     if not gt_boxes:
         return torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.long, device=device)
     index = _image_index(len(gt_boxes), device).split(1)
@@ -155,15 +155,16 @@ def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float, min_
 
 def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_weight: float = 0.1,
                    factor: float = 1.) -> Tensor:
-    """CenterNet's loss [0], summed over levels and divided by the number of objects in the batch; mean of networks.
+    """Returns CenterNet's loss [0], summed over levels, divided by the number of objects in the batch and averaged over
+    networks.
 
-    Penalty-reduced focal loss of the heatmap (alpha 2, beta 4), ``size_weight`` times L1 of the size in
-    cells, L1 of the offset; all times ``factor``. ``raw`` is (S, N, 5, L), float32.
+    The loss is the sum of the penalty-reduced focal loss of the heatmap (alpha 2, beta 4), ``size_weight`` times L1 of
+    the size in cells, and L1 of the offset, times ``factor``. ``raw`` is (S, N, 5, L), float32.
 
-    With the sign of the logit z turned at the centres, both cases of the focal loss are one:
+    With the sign of the logit z flipped at the centres, both cases of the focal loss are
     ``w sigmoid(z)^2 softplus(z)``, where w is 1 at the centres and ``(1 - heat)^4`` elsewhere.
     """
-    centre = target.heat.floor()  # 1 there, 0 elsewhere
+    centre = target.heat.floor()  # 1 at centres, 0 elsewhere
     weight = (1 - target.heat).pow(4) + centre
     z = raw.select(2, 0) * torch.rsub(centre, 1, alpha=2)
     focal = (z.sigmoid().square() * F.softplus(z) * weight).sum()
@@ -184,7 +185,7 @@ def _l1_weights(size_weight: float, device: torch.device) -> Tensor:
 
 
 def attention_map(row: Tensor, shapes: Shapes) -> Tensor:
-    """Mean square over channels of (N, C, L) features, per image and level scaled to [0, 1]; (N, L)."""
+    """Returns the mean square over channels of (N, C, L) features, scaled to [0, 1] per image and level, (N, L)."""
     grid = pyramid_grid(shapes, row.device)
     energy = row.float().square().mean(1)
     low, high = energy.index_select(1, grid.cell).unflatten(1, (len(shapes), -1)).aminmax(dim=2)  # (N, V)
@@ -193,10 +194,10 @@ def attention_map(row: Tensor, shapes: Shapes) -> Tensor:
 
 
 def attention_loss(raw: Tensor, attention: Tensor, shapes: Shapes, factor: float = 1.) -> Tensor:
-    """Cross-entropy of the heatmap against the attention (N, L) as soft target; mean of cells, levels and networks.
+    """Returns the cross-entropy of the heatmap with the attention (N, L) as soft target, times ``factor``.
 
-    Size and offset have no target here and keep close to where they start: areas of 3 x 3 cells. ``raw`` is
-    (S, N, 5, L), float32. The loss is multiplied by ``factor``. Zero without images.
+    It is the mean over cells, levels and networks, and zero without images. Size and offset have no target here and
+    stay near their initial values, areas of 3 x 3 cells. ``raw`` is (S, N, 5, L), float32.
     """
     heat = raw.select(2, 0)
     share = pyramid_grid(shapes, raw.device).share[0]

@@ -16,11 +16,11 @@ class CIFARMobileNetV2(MobileNetV2):
     - Widths are not rounded to multiples of 8: 12 channels, not 16, at half width.
     - ReLU instead of ReLU6, and a 1x1 convolution before the first block too, which does not expand.
 
-    An image (N, 3, 32, 32) gives (N, 1280, 2, 2); ``layer2``, ``layer3``, ``layer5`` and ``layer7`` put out maps of
+    An image (N, 3, 32, 32) gives (N, 1280, 2, 2). ``layer2``, ``layer3``, ``layer5`` and ``layer7`` have maps of side
     16, 8, 4 and 2, with 12, 16, 48 and 160 channels at half width.
 
     Args:
-        widen_factor: factor of all widths but the last.
+        widen_factor: factor of all widths except the last.
         kwargs: as in ``MobileNetV2``.
     """
 

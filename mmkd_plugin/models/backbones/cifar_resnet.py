@@ -10,27 +10,27 @@ from ...utils import closest
 
 @MODELS.register_module()
 class CIFARResNet(ResNet_CIFAR):
-    """Three stages of n basic blocks each: depth 6n + 2.
+    """A ResNet with three stages of n basic blocks each and depth 6n + 2.
 
-    MMPretrain's ``ResNet_CIFAR`` has the depths of ImageNet and its fourth stage. ResNet-20, -56 and -110 [0]
+    MMPretrain's ``ResNet_CIFAR`` has the depths and the four stages of ImageNet's ResNets. ResNet-20, -56 and -110 [0]
     have ``stem_channels=16, base_channels=16``; ResNet-8x4 and -32x4 [1] have 32 and 64.
 
-    [0] He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2, with
-    projections instead of their shortcuts without parameters, as in [1].
+    [0] He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2, but with
+    projection shortcuts instead of shortcuts without parameters, as in [1].
     [1] Tian, Krishnan, Isola, Contrastive Representation Distillation, arXiv 1910.10699, and its benchmark.
 
-    At the default strides an image (N, 3, 32, 32) gives (N, 4 C, 8, 8) with C = ``base_channels``; ``layer1``,
-    ``layer2`` and ``layer3`` put out (N, C, 32, 32), (N, 2 C, 16, 16) and (N, 4 C, 8, 8).
+    With the default strides, an image (N, 3, 32, 32) gives (N, 4 C, 8, 8) with C = ``base_channels``. ``layer1``,
+    ``layer2`` and ``layer3`` output (N, C, 32, 32), (N, 2 C, 16, 16) and (N, 4 C, 8, 8).
 
     Args:
         depth: 8, 14, 20, ..., 110.
-        stem_channels: of the first convolution.
-        base_channels: of the first stage; each further one has twice as many.
-        strides: of the three stages.
+        stem_channels: channels of the first convolution.
+        base_channels: channels of the first stage; each further stage has twice as many.
+        strides: strides of the three stages.
         kwargs: as in ``ResNet_CIFAR``.
 
     Raises:
-        ValueError: ``depth`` is none of these.
+        ValueError: ``depth`` is not one of these.
     """
 
     arch_settings = {6 * n + 2: (BasicBlock, (n, n, n)) for n in range(1, 19)}

@@ -1,6 +1,6 @@
 """SoKD's adapter Phi, from the student's features to the teacher's channels.
 
-Letters: N images, C channels, (H, W) a level's map, L positions of all levels.
+Letters: N images, C channels, (H, W) size of a level's map, L positions of all levels.
 """
 from collections.abc import Sequence
 
@@ -20,18 +20,18 @@ class ConvAdapter(BaseConnector):
     [0] Shen, Huang, Zhu, Fan, Zhang, Student-Oriented Teacher Knowledge Refinement for Knowledge
     Distillation, arXiv 2409.18785, 2024.
 
-    Batch norm takes its statistics over the positions of all levels together, so that a level of one
-    position (1 x 1, one image) is no error and the weights mean the same on every level.
+    Batch norm computes its statistics over the positions of all levels together. So a level with one position
+    (1 x 1, one image) does not raise an error, and all levels are normalised alike.
 
     Args:
-        in_channels: The student's.
-        out_channels: The teacher's.
-        signed: Whether the teacher's feature has negative values, as the outputs of an FPN have. If it has, the last
-            ReLU is left out, because it would cut them off. Set it to False for features that end in a ReLU, such as
-            the stages of a ResNet.
+        in_channels: Channels of the student's maps.
+        out_channels: Channels of the teacher's maps.
+        signed: Whether the teacher's features have negative values, like the outputs of an FPN. If so, the last ReLU
+            is left out, because it would cut them off. Set it to False for features that end in a ReLU, such as the
+            stages of a ResNet.
 
     Raises:
-        ValueError: a number of channels is no positive whole number, or ``signed`` is no bool.
+        ValueError: a number of channels is not a positive whole number, or ``signed`` is not a bool.
     """
 
     def __init__(self, in_channels: int, out_channels: int, signed: bool = True):
@@ -49,7 +49,7 @@ class ConvAdapter(BaseConnector):
         return f'signed={self.signed}'
 
     def forward_train(self, feature: Tensor | Sequence[Tensor]) -> Tensor | Levels:
-        """One (N, C, H, W) feature, or a sequence of levels, to one or a tuple of them with the teacher's channels.
+        """Maps one feature (N, C, H, W), or a sequence of levels, to one or a tuple with the teacher's channels.
 
         Raises:
             ValueError: a feature does not have ``in_channels``.
@@ -64,6 +64,6 @@ class ConvAdapter(BaseConnector):
             if i == 1 and not self.signed:
                 row = row.relu()
             levels = Levels(row, shapes)
-            if i == 0:  # level by level, which also lays each out as the next convolution wants it
+            if i == 0:  # per level, so that each result has the layout of the next convolution
                 levels = [level.relu() for level in levels]
         return levels[0] if isinstance(feature, Tensor) else levels

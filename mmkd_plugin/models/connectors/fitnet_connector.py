@@ -1,6 +1,6 @@
 """FitNet's regressor.
 
-Letters: N images, C channels, (H, W) a level's map, L positions of all levels.
+Letters: N images, C channels, (H, W) size of a level's map, L positions of all levels.
 """
 from collections.abc import Sequence
 
@@ -17,15 +17,15 @@ class FitNetConnector(BaseConnector):
     """A 1x1 convolution with batch norm, from the student's to the teacher's channels [0].
 
     [0] Romero, Ballas, Kahou, Chassang, Gatta, Bengio, *FitNets: Hints for Thin Deep Nets*, ICLR 2015,
-    arXiv 1412.6550. Its regressor is a convolution without padding; with maps of equal size, as benchmarks
-    of distillation have it, that is 1x1.
+    arXiv 1412.6550. Its regressor is a convolution without padding. With maps of equal size, as in distillation
+    benchmarks, this is a 1x1 convolution.
 
-    All levels of a pyramid share it, and batch norm takes its statistics over the positions of all levels
-    together, so that a level of one position is no error.
+    All levels of a pyramid share it. Batch norm computes its statistics over the positions of all levels together, so
+    that a level with one position does not raise an error.
 
     Args:
-        in_channels: of the student's maps.
-        out_channels: of the teacher's maps.
+        in_channels: channels of the student's maps.
+        out_channels: channels of the teacher's maps.
 
     Raises:
         ValueError: a number of channels is not a positive whole number.

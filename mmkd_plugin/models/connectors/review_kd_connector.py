@@ -1,6 +1,6 @@
 """Attention-based fusion of ReviewKD.
 
-Letters: N images, C channels of a level, M mid channels, (H, W) a level's map.
+Letters: N images, C channels of a level, M mid channels, (H, W) size of a level's map.
 """
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from ...utils import check_number
 
 
 class AttentionBasedFusion(BaseModule):
-    """One level: its own feature and what comes from below, weighed against each other at each position."""
+    """Fuses the feature of one level with the fused feature of the deeper level, with weights per position."""
 
     def __init__(self, in_channels: int, out_channels: int, mid_channels: int, fuse: bool, norm_cfg: dict):
         super().__init__()
@@ -27,7 +27,7 @@ class AttentionBasedFusion(BaseModule):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) and the (N, M, h, w) from below to the output and the (N, M, H, W) to pass on."""
+        """Maps (N, C, H, W) and the deeper (N, M, h, w) to the output, and the (N, M, H, W) for the next level."""
         mid = self.own(feature)
         if self.attention is not None:
             deeper = F.interpolate(deeper, mid.shape[2:], mode='nearest')
@@ -38,21 +38,22 @@ class AttentionBasedFusion(BaseModule):
 
 @MODELS.register_module()
 class ReviewKDConnector(BaseConnector):
-    """The student's features, each fused with all deeper ones, as the teacher's of the same level [0].
+    """Fuses each of the student's features with all deeper ones, to predict the teacher's features [0].
 
     [0] Chen, Liu, Zhao, Jia, Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv 2104.09044.
 
-    A level keeps the student's height and width. A pooled embedding (N, C, 1, 1) may be the deepest level.
+    A level keeps the student's height and width. A pooled embedding (N, C, 1, 1) can be the deepest level.
 
     Args:
-        in_channels: The student's, shallow to deep.
-        out_channels: The teacher's, shallow to deep.
-        mid_channels: Of the fusion; [0] takes 512 on ImageNet, and the student's deepest if fewer on CIFAR.
+        in_channels: Channels of the student's levels, shallow to deep.
+        out_channels: Channels of the teacher's levels, shallow to deep.
+        mid_channels: Channels of the fusion. [0] has 512 on ImageNet, and on CIFAR at most the student's deepest
+            channels.
         norm_cfg: Normalisation after the convolutions, as in any MMCV module; [0] has batch norm.
         init_cfg: As in any MMEngine module.
 
     Raises:
-        ValueError: the numbers of channels are not positive whole numbers, equally many.
+        ValueError: the numbers of channels are not positive whole numbers, or the lists differ in length.
     """
 
     def __init__(self,
@@ -64,12 +65,12 @@ class ReviewKDConnector(BaseConnector):
         super().__init__(init_cfg)
         for field, values in (('in_channels', in_channels), ('out_channels', out_channels)):
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-                raise ValueError(f'ReviewKDConnector.{field} must be a list, one number a level, '
+                raise ValueError(f'ReviewKDConnector.{field} must be a list with one number per level, '
                                  f'got {values!r}')
             for i, value in enumerate(values):
                 check_number(f'ReviewKDConnector.{field}[{i}]', value, least=1, whole=True)
         if len(in_channels) != len(out_channels):
-            raise ValueError('ReviewKDConnector.in_channels and out_channels must name equally many levels, '
+            raise ValueError('ReviewKDConnector.in_channels and out_channels must have equally many levels, '
                              f'got {list(in_channels)} and {list(out_channels)}')
         check_number('ReviewKDConnector.mid_channels', mid_channels, least=1, whole=True)
         self.in_channels = tuple(in_channels)
@@ -80,7 +81,7 @@ class ReviewKDConnector(BaseConnector):
             for i, (c_in, c_out) in enumerate(zip(in_channels, out_channels, strict=True)))
 
     def forward_train(self, feature: Sequence[Tensor]) -> list[Tensor]:
-        """Student features, shallow to deep, to as many with the teacher's channels.
+        """Maps the student's features, shallow to deep, to the same number of features with the teacher's channels.
 
         Raises:
             ValueError: the features do not have ``in_channels``.

@@ -1,4 +1,4 @@
-"""Angular margin-based distillation at any layers."""
+"""The distiller of angular margin-based distillation."""
 from collections.abc import Sequence
 
 from ...registry import MODELS
@@ -8,17 +8,16 @@ from .feature_distiller import FeatureDistiller
 
 @MODELS.register_module()
 class AMDDistiller(FeatureDistiller):
-    """:class:`FeatureDistiller` with :class:`AMDLoss` at each map of each layer.
+    """:class:`FeatureDistiller` with :class:`AMDLoss` for each map of each layer.
 
-    Source: Jeon, Choi, Shukla, Turaga, *Leveraging Angular Distributions for
-    Improved Knowledge Distillation*, arXiv 2302.14130. The losses are
-    ``loss_amd_LAYER`` with ``_`` for dots, and ``_0``, ``_1``, ... where a layer
-    has several maps. All maps are computed at once.
+    Source: Jeon, Choi, Shukla, Turaga, *Leveraging Angular Distributions for Improved Knowledge Distillation*,
+    arXiv 2302.14130. The losses are ``loss_amd_LAYER`` with ``_`` for dots, followed by ``_0``, ``_1``, ... if a layer
+    has several maps. One call computes the losses of all maps.
 
     Args:
-        layers: as in :class:`FeatureDistiller`. ``['neck']`` is every pyramid level.
-        amd: arguments of :class:`AMDLoss`, the same at every map. For a detector
-            use ``dict(scale_free=True, local_grid=2)``.
+        layers: as in :class:`FeatureDistiller`. ``['neck']`` is all pyramid levels.
+        amd: arguments of :class:`AMDLoss`, the same for all maps. For a detector, use
+            ``dict(scale_free=True, local_grid=2)``.
         kwargs: further recorders, connectors and losses, as in MMRazor's ``ConfigurableDistiller``.
 
     Raises:

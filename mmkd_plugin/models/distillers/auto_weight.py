@@ -1,4 +1,4 @@
-"""A loss weight that makes the distillation push the features as hard as a stated share of the task's push."""
+"""A loss weight that scales the gradient of the distillation to a given ratio of the task's gradient."""
 import logging
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-SCALE = 1024.  # keeps small gradients of half precision from becoming zero
+SCALE = 1024.  # prevents underflow of small gradients in half precision
 
 
 def gradient_norms(losses: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-    """Returns the norm of each loss's gradient at all features together, float32, (losses, ). The graph is kept."""
+    """Returns the norm of the gradient of each loss at all features, float32, (losses, ). The graph is kept."""
     norms = []
     for loss in losses:
         gradients = torch.autograd.grad(loss.float() * SCALE, features, retain_graph=True, allow_unused=True)
@@ -21,31 +21,31 @@ def gradient_norms(losses: Sequence[Tensor], features: Sequence[Tensor]) -> Tens
 
 
 class AutoWeight(nn.Module):
-    """The weight of a base with ``loss_weight='auto'``, measured in the first iterations and held from then on.
+    """The weight of a base with ``loss_weight='auto'``, measured in the first iterations and then constant.
 
-    With ``g_task`` and ``g_base`` the gradients of the task's losses and of the base's unweighted loss at the
-    student's recorded maps, the weight is ``ratio * exp(-mean log(|g_base| / |g_task|))``, the mean over ``iterations``
-    iterations and all processes. It is used from the second of them on. A base whose connector has parameters first
-    trains it for ``warmup`` iterations, on maps that are detached from the student, since the gradient through a
-    connector that has learned nothing says nothing of the base.
+    ``g_task`` and ``g_base`` are the gradients of the task's losses and of the base's unweighted loss at the student's
+    recorded maps. The weight is ``ratio * exp(-mean log(|g_base| / |g_task|))``, with the mean over ``iterations``
+    iterations and all processes. It is used from the second of these iterations on. If the base's connector has
+    parameters, it is first trained for ``warmup`` iterations on maps detached from the student, because the gradient
+    through an untrained connector is not typical of the base.
 
-    The weight and the progress are buffers: checkpoints have them, and a resumed run goes on as it was.
+    The weight and the progress are buffers, so checkpoints have them and a resumed run continues the measurement.
 
     Args:
-        name: of the base, for the log.
-        initial: weight until something is measured.
-        warmup: iterations before the measurement.
-        ratio: of the base's gradient to the task's.
-        iterations: to measure in.
+        name: name of the base, for the log.
+        initial: weight before the measurement.
+        warmup: number of iterations before the measurement.
+        ratio: ratio of the base's gradient to the task's.
+        iterations: number of iterations of the measurement.
     """
 
     def __init__(self, name: str, initial: float, warmup: int, ratio: float = 1.0, iterations: int = 20) -> None:
         super().__init__()
         self.name, self.warmup, self.ratio, self.iterations = name, warmup, ratio, iterations
         self.register_buffer('weight', torch.tensor(float(initial)))
-        self.register_buffer('log_ratio', torch.tensor(0.))  # sum over the iterations that were measured
+        self.register_buffer('log_ratio', torch.tensor(0.))  # sum over the measured iterations
         self.register_buffer('seen', torch.tensor(0))
-        self._seen: int | None = None  # mirrored on the host
+        self._seen: int | None = None  # copy on the host
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -53,24 +53,24 @@ class AutoWeight(nn.Module):
 
     @property
     def step(self) -> int:
-        """How many iterations there were, up to the end of the measurement."""
+        """Number of iterations so far; it stops at the end of the measurement."""
         if self._seen is None:
             self._seen = int(self.seen)
         return self._seen
 
     @property
     def warming_up(self) -> bool:
-        """Whether only the connector learns."""
+        """Whether only the connector is trained."""
         return self.step < self.warmup
 
     @property
     def measuring(self) -> bool:
-        """Whether :meth:`update` is to be called in this iteration."""
+        """Whether to call :meth:`update` in this iteration."""
         return self.step < self.warmup + self.iterations
 
     @torch.no_grad()
     def update(self, task: Tensor, base: Tensor) -> None:
-        """Counts an iteration, and takes the norms of both gradients, of the loss that :attr:`weight` multiplied."""
+        """Counts an iteration and updates the weight from the gradient norms of the task and of the weighted base."""
         if not self.warming_up:
             ratio = (base / self.weight).clamp(min=1e-12).log() - task.clamp(min=1e-12).log()
             all_reduce(ratio, 'mean')
@@ -79,5 +79,6 @@ class AutoWeight(nn.Module):
         self.seen += 1
         self._seen += 1
         if not self.measuring:
-            print_log(f"loss_weight='auto': the weight of {self.name} is {float(self.weight):.4g} from now on. Its "
-                      f"gradient at the layers is {self.ratio:g} of the task's.", logger='current', level=logging.INFO)
+            print_log(f"loss_weight='auto': the weight of {self.name} is {float(self.weight):.4g} from now on. "
+                      f"Its gradient at the layers is {self.ratio:g} times the task's.",
+                      logger='current', level=logging.INFO)

@@ -1,4 +1,4 @@
-"""CrossKD: the student's head features, finished by the teacher's head."""
+"""CrossKD, which passes features of the student's head through the rest of the teacher's head."""
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -18,32 +18,32 @@ class CrossKD(nn.Module):
     """Makes cross-head predictions and compares them with the teacher's [0].
 
     [0] Wang, Chen, Zheng, Li, Cheng, Hou, CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024,
-    arXiv 2306.11369. Its authors' code is the source of what the paper leaves open.
+    arXiv 2306.11369. Details that are not in the paper follow the authors' code.
 
-    In each branch of the head, the student's feature after its i-th convolution, before the activation, is given the
-    mean and standard deviation that the teacher's has, channel by channel on each level. The activation and the rest
-    of the teacher's frozen head follow. The losses compare these predictions with the teacher's own:
+    In each branch of the head, the student's feature after the i-th convolution, before the activation, is scaled to
+    the mean and standard deviation of the teacher's feature, per channel and level. It then passes through the
+    activation and the rest of the teacher's frozen head. The losses compare these predictions with the teacher's own:
 
     - ``loss_crosskd_cls``: :func:`quality_focal_loss`, divided by the number of positives by which the student's own
       classification loss is divided in the step.
     - ``loss_crosskd_reg``: GIoU of the decoded boxes, weighted by the teacher's largest class score and divided by
       the same number. For GFL, the KL divergence of the distributions with the same weights, divided by their sum.
 
-    So the head of the student, beyond the i-th convolution, learns from the ground truth alone, and the target
-    conflict of the two is avoided. The teacher gets no gradient.
+    So the student's head after the i-th convolution learns only from the ground truth, which avoids the conflict of the
+    two targets. The teacher gets no gradient.
 
     Unlike the authors' code, anchors that the student's assigner ignores are not left out, and ATSS's centerness is
     not distilled.
 
-    RetinaNet, FCOS, ATSS and GFL of MMDetection are supported, with equal heads in student and teacher but for their
-    depth. Call :meth:`prepare` once, then in each step run both models (the teacher to the end of its neck, the student
-    in mode ``loss``), then :meth:`forward`, which runs the teacher's head itself, then :meth:`reset`.
+    RetinaNet, FCOS, ATSS and GFL of MMDetection are supported. The heads of student and teacher must be equal except
+    for their depth. Call :meth:`prepare` once. In each step, run both models (the teacher to the end of its neck, the
+    student in mode ``loss``), then :meth:`forward`, which runs the teacher's head, then :meth:`reset`.
 
     Args:
-        after: i. None: all convolutions of the teacher's branch but the last, which is the paper's 3 of 4.
+        after: i. None for all convolutions of the teacher's branch except the last, as the paper's 3 of 4.
         beta: Exponent of the quality focal loss.
         cls_loss_weight: Weight of ``loss_crosskd_cls``.
-        reg_loss_weight: Weight of ``loss_crosskd_reg``. None: 4 for GFL and 1 for the others.
+        reg_loss_weight: Weight of ``loss_crosskd_reg``. None for 4 with GFL and 1 with the others.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -65,7 +65,7 @@ class CrossKD(nn.Module):
 
     @torch.no_grad()
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Checks that the heads fit, freezes the teacher's and records what a step needs of both.
+        """Checks the heads, freezes the teacher's head and adds hooks to both models.
 
         Raises:
             ValueError: a model has no supported head, or the heads differ.
@@ -83,7 +83,7 @@ class CrossKD(nn.Module):
         self._step = _Step(s_head, teacher.neck, t_head, after)
 
     def forward(self) -> dict[str, Tensor]:
-        """The losses of the step, float32 scalars.
+        """Returns the losses of the step, float32 scalars.
 
         Raises:
             RuntimeError: :meth:`prepare` was not called, or a model did not run since the last :meth:`reset`.
@@ -105,15 +105,15 @@ class CrossKD(nn.Module):
         return dict(loss_crosskd_cls=self.cls_loss_weight * cls, loss_crosskd_reg=self.reg_loss_weight * reg)
 
     def reset(self) -> None:
-        """Lets go of the step's features and graph."""
+        """Releases the features and the graph of the step."""
         if self._step is not None:
             self._step.reset()
 
 
 class _Step:
-    """What the heads compute in a step, recorded by hooks. No module: the heads belong to their models.
+    """Records of both heads in a step, by hooks. It is not a module, because the heads belong to their models.
 
-    At most one record per level is kept, the latest, so validation between steps leaves no pile of them.
+    Only the latest record per level is kept, so that validation between steps does not accumulate records.
     """
 
     def __init__(self, s_head: nn.Module, t_neck: nn.Module, t_head: nn.Module, after: int):
@@ -123,7 +123,7 @@ class _Step:
         for side, head in (('student', s_head), ('teacher', t_head)):
             for branch in BRANCHES:
                 activate = getattr(head, branch)[after - 1].activate
-                activate.inplace = False  # it would write over the record
+                activate.inplace = False  # otherwise it overwrites the record
                 self.features[side, branch] = _Inputs(activate, self.levels)
         self.maps = _Outputs(t_neck)
         self.positives = _AverageFactor(s_head.loss_cls)
@@ -131,13 +131,13 @@ class _Step:
         self.rest = _rest_of(t_head, after, self.feeds)
 
     def predictions(self) -> tuple[float | Tensor, tuple, tuple]:
-        """Returns the number of positives, the teacher's predictions and the cross-head predictions: classes and
-        boxes, each a list of levels."""
+        """Returns the number of positives, the teacher's predictions and the cross-head predictions. Predictions are
+        (classes, boxes), each a list of levels."""
         if self.maps.value is None or self.positives.value is None:
             raise RuntimeError('CrossKD: in each step, the teacher must run to the end of its neck and the student in '
                                'mode loss')
         with torch.no_grad():
-            t_predictions = self.t_head.forward(self.maps.value)[:2]  # not called: what hooks the head is not for here
+            t_predictions = self.t_head.forward(self.maps.value)[:2]  # .forward, to skip hooks of the head
         student, teacher = ([list(self.features[side, branch].levels) for branch in BRANCHES]
                             for side in ('student', 'teacher'))
         aligned = [[align_statistics(s, t) for s, t in zip(*levels, strict=True)]
@@ -145,12 +145,12 @@ class _Step:
         return self.positives.value, t_predictions, self._finish(aligned)
 
     def _finish(self, features: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs the rest of the teacher's head on features of both branches, in the precision of the teacher."""
+        """Runs the rest of the teacher's head on features of both branches, in the teacher's precision."""
         dtype = next(self.t_head.parameters()).dtype
         for feed, levels in zip(self.feeds, features, strict=True):
             feed.levels = [level.to(dtype) for level in levels]
         self.rest.training = self.t_head.training
-        return self.rest(range(self.levels))[:2]  # each branch takes its feed, not what is given here
+        return self.rest(range(self.levels))[:2]  # each branch reads its feed instead of the argument
 
     def reset(self) -> None:
         for record in self.features.values():
@@ -159,7 +159,7 @@ class _Step:
 
 
 class _Inputs:
-    """The last inputs of a module, as many as there are levels."""
+    """The last inputs of a module, one per level."""
 
     def __init__(self, module: nn.Module, levels: int):
         self.levels: deque[Tensor] = deque(maxlen=levels)
@@ -181,7 +181,7 @@ class _Outputs:
 
 
 class _AverageFactor:
-    """The number by which a loss of MMDetection was last divided."""
+    """The last divisor of a loss of MMDetection."""
 
     def __init__(self, loss: nn.Module):
         self.value: float | Tensor | None = None
@@ -192,7 +192,7 @@ class _AverageFactor:
 
 
 class _Feed(nn.Module):
-    """Returns the features of one level after another, whatever it gets."""
+    """Returns the stored features of the next level, whatever its input."""
 
     def __init__(self):
         super().__init__()
@@ -203,9 +203,9 @@ class _Feed(nn.Module):
 
 
 def _rest_of(head: nn.Module, after: int, feeds: Sequence[_Feed]) -> nn.Module:
-    """Returns a head of the same modules that begins with the activation of the convolution ``after``.
+    """Returns a head with the same modules that begins with the activation of the convolution ``after``.
 
-    What hooks the head does not hook this one.
+    It does not have the hooks of ``head``.
     """
     rest = copy.copy(head)
     for name in ('_modules', '_forward_hooks', '_forward_pre_hooks'):
@@ -230,7 +230,7 @@ def _supported_head(model: nn.Module, name: str) -> nn.Module:
 
 
 def _check_heads(s_head: nn.Module, t_head: nn.Module, after: int) -> None:
-    """Raises ``ValueError`` where the student's features would not fit into the teacher's head."""
+    """Raises ``ValueError`` if the student's features do not fit the teacher's head."""
     if type(s_head) is not type(t_head):
         raise ValueError(f'CrossKD: student and teacher must have equal heads, got {type(s_head).__name__} and '
                          f'{type(t_head).__name__}. Use another base.')
@@ -256,7 +256,7 @@ def _in_one_row(levels: Sequence[Tensor]) -> Tensor:
 
 
 def _decode(head: nn.Module, predictions: Sequence[Tensor]) -> Tensor:
-    """Boxes in pixels, (n, 4), level after level; in each level by image, row, column and anchor."""
+    """Returns boxes in pixels, (n, 4), ordered by level, image, row, column and anchor."""
     priors = head.prior_generator.grid_priors([x.shape[2:] for x in predictions], device=predictions[0].device)
     images = len(predictions[0])
     flat = [x.float().permute(0, 2, 3, 1).reshape(-1, 4) for x in predictions]

@@ -1,4 +1,4 @@
-"""Distillation of feature maps at layers that are named in a short list."""
+"""The distiller of feature maps at a list of layers."""
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,19 +19,20 @@ from .auto_weight import AutoWeight, gradient_norms
 from .crosskd import CrossKD
 from .presets import fill_channels, resolve
 
-DATA_SAMPLES = 'data_samples'  # recorder of the student's input, for losses that read it
+DATA_SAMPLES = 'data_samples'  # recorder of the student's input, for losses that need it
 
 
 @MODELS.register_module()
 class FeatureDistiller(ConfigurableDistiller):
     """MMRazor's ``ConfigurableDistiller`` that writes recorders, connectors, losses and mappings itself.
 
-    ``layers`` names what is compared, ``base`` how. The layer ``'neck'`` of a detector gives one map a pyramid level, a
-    layer that runs several times in a forward gives the maps of each call. How many maps a layer has and their channels
-    are learned from a dummy input when the models are there; :meth:`written_config` shows all that was filled in.
+    ``layers`` are the layers to compare, and ``base`` tells how. The layer ``'neck'`` of a detector gives one map per
+    pyramid level. A layer that runs several times in a forward gives the maps of each call. When the models are built,
+    a dummy input tells the number of maps of each layer and their channels. :meth:`written_config` returns the full
+    config.
 
-    The losses are ``loss_BASE_LAYER``, with ``_`` for dots in the layer's name, and ``loss_BASE_LAYER_0``, ``_1``, ...
-    where a layer has several maps.
+    The losses are ``loss_BASE_LAYER``, with ``_`` for dots in the layer's name, or ``loss_BASE_LAYER_0``, ``_1``, ...
+    if a layer has several maps.
 
     Usage, in a config::
 
@@ -42,19 +43,19 @@ class FeatureDistiller(ConfigurableDistiller):
                        base=dict(loss=dict(type='L1Loss'), weight=2.0))
 
     Args:
-        layers: names of modules, each the same in student and teacher or a pair (student's, teacher's).
-        base: a preset's name or a dict, as in :mod:`.presets`, or a list of them. None: no base. ``'crosskd'``, or
-            ``dict(preset='crosskd', ...)`` with arguments of :class:`CrossKD`, compares predictions of dense heads; it
-            reads no ``layers``, which may be empty then.
-        loss_weight: in place of the base's ``weight``; a list if ``base`` is one. ``'auto'`` measures it in the first
-            iterations, see :class:`.AutoWeight`; ``auto_ratio`` states what it makes equal.
-        auto_ratio: the norm of the base's gradient at the layers, as a share of the task's, with ``'auto'``.
-        student_recorders, teacher_recorders, connectors, distill_losses, loss_forward_mappings: further ones, as in
+        layers: names of modules. Each is a name for both student and teacher, or a pair (student's, teacher's).
+        base: a preset's name or a dict, as in :mod:`.presets`, or a list of them, or None for no base. ``'crosskd'``,
+            or ``dict(preset='crosskd', ...)`` with arguments of :class:`CrossKD`, compares predictions of dense heads.
+            It reads no ``layers``, so ``layers`` may be empty.
+        loss_weight: replaces the base's ``weight``; a list if ``base`` is a list. ``'auto'`` measures the weight in
+            the first iterations, see :class:`.AutoWeight`.
+        auto_ratio: ratio of the base's gradient norm at the layers to the task's, for ``'auto'``.
+        student_recorders, teacher_recorders, connectors, distill_losses, loss_forward_mappings: additional ones, as in
             ``ConfigurableDistiller``.
 
     Raises:
-        ValueError: an argument is wrong; when the models are there: a layer is not in its model, or its output is not
-            feature maps (N, C, H, W), equally many in student and teacher.
+        ValueError: an argument is wrong. When the models are built: a layer is not in its model, its output is not
+            feature maps (N, C, H, W), or student and teacher have different numbers of maps.
     """
 
     def __init__(self,
@@ -72,13 +73,13 @@ class FeatureDistiller(ConfigurableDistiller):
         pairs = _pairs(layers) if layers or crosskd is None else {}
         clash = set(pairs) & (set(student_recorders or {}) | set(teacher_recorders or {}))
         if clash:
-            raise ValueError(f'layers: a recorder has the name {min(clash)!r}, too. Rename the recorder')
+            raise ValueError(f'layers: a recorder is also named {min(clash)!r}. Rename the recorder')
         student = {name: dict(type='mmkd_plugin.MapOutputs', source=pair[0]) for name, pair in pairs.items()}
         teacher = {name: dict(type='mmkd_plugin.MapOutputs', source=pair[1]) for name, pair in pairs.items()}
         if any(DATA_SAMPLES in whole['inputs'].values() for _, whole in self.bases):
             student[DATA_SAMPLES] = dict(type='ModuleInputs', source='')
         if crosskd is not None and not any(pair[1] == 'neck' for pair in pairs.values()):
-            teacher['crosskd'] = dict(type='ModuleOutputs', source='neck')  # the teacher runs as far as that
+            teacher['crosskd'] = dict(type='ModuleOutputs', source='neck')  # the teacher runs as far as this layer
         self._written = dict(
             type='mmrazor.ConfigurableDistiller',
             student_recorders=dict(student_recorders or {}, **student),
@@ -92,19 +93,19 @@ class FeatureDistiller(ConfigurableDistiller):
         self.crosskd_weight, arguments = crosskd or (1.0, None)
         self.crosskd = None if arguments is None else CrossKD(**arguments)
         self.auto_ratio = check_number('auto_ratio', auto_ratio, above=0)
-        self.autos = nn.ModuleDict()  # weights that are measured, by the base's name
-        self.weights: dict[str, float] = {}  # of the base's losses, by name
+        self.autos = nn.ModuleDict()  # measured weights, by the base's name
+        self.weights: dict[str, float] = {}  # of the bases' losses, by name
         self.losses_by_base: dict[str, list[str]] = {}
-        self._whole: set[str] = set()  # connectors that take all maps of a layer
-        self._fused: set[str] = set()  # connectors that take all maps of all layers
-        self._at_once: dict[str, list[str]] = {}  # losses of one call, by the base's name
+        self._whole: set[str] = set()  # connectors with all maps of a layer as input
+        self._fused: set[str] = set()  # connectors with all maps of all layers as input
+        self._at_once: dict[str, list[str]] = {}  # losses computed in one call, by the base's name
         self._places: dict[bool, dict[str, list[tuple[int, int | None]]]] = {True: {}, False: {}}
-        self._outputs: dict[tuple, Any] | None = None  # of connectors, within a step
+        self._outputs: dict[tuple, Any] | None = None  # of connectors, during a step
 
     def written_config(self) -> str:
-        """Returns, once the models are there, a ``ConfigurableDistiller`` config with all that was filled in.
+        """Returns the complete ``ConfigurableDistiller`` config. Call it after the models are built.
 
-        Where a weight is not 1, a comment has it, because MMRazor's losses have no weight in common.
+        Weights other than 1 are in comments, because not all losses of MMRazor have a weight.
         """
         lines = [f'# {name}: weight {weight:g}' for name, weight in self.weights.items() if weight != 1]
         return '\n'.join([*lines, Config(dict(distiller=self._written)).pretty_text])
@@ -114,10 +115,10 @@ class FeatureDistiller(ConfigurableDistiller):
         super().prepare_from_student(model)
         self._record(model, True)
         if self.crosskd is not None:
-            self.__dict__['_student'] = model  # outside of the modules
+            self.__dict__['_student'] = model  # not as a submodule
 
     def prepare_from_teacher(self, model: nn.Module) -> None:
-        """Also adds connectors and losses, so that every part exists before an optimiser is built."""
+        """Also adds connectors and losses, so that all parts exist before the optimizer is built."""
         check_sources(self._written['teacher_recorders'], model, 'layers')
         super().prepare_from_teacher(model)
         if self.crosskd is not None:
@@ -132,7 +133,7 @@ class FeatureDistiller(ConfigurableDistiller):
         self._log(maps)
 
     def _log(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
-        """Logs what was filled in, in short."""
+        """Logs layers, channels, losses and weights."""
         for layer, both in maps.items():
             student, teacher = (self._written[f'{side}_recorders'][layer]['source'] for side in ('student', 'teacher'))
             s_channels, t_channels = ([x.shape[1] for x in side] for side in both)
@@ -145,7 +146,7 @@ class FeatureDistiller(ConfigurableDistiller):
                       f'weight {weight}.', logger='current')
 
     def _record(self, model: nn.Module, from_student: bool) -> None:
-        """Fills the layers' recorders from a dummy input, and notes where their maps are."""
+        """Records the layers on a dummy input and stores the places of their maps."""
         manager, wanted = self.student_recorders if from_student else self.teacher_recorders, RecorderManager()
         wanted.recorders.update({name: manager.get_recorder(name) for name in self.layers})
         record_dummy_input(model, wanted, to_the_end=True)
@@ -161,14 +162,14 @@ class FeatureDistiller(ConfigurableDistiller):
                 places += [(call, i if several else None) for i in range(len(maps))]
             if not places:
                 raise ValueError(f'layers: {name!r} of the {"student" if from_student else "teacher"} does not run in '
-                                 "the model's forward. Name another layer")
+                                 "the model's forward. Use another layer")
             self._places[from_student][name] = places
 
     def wire(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
         """Adds the connectors and losses of the bases.
 
         Args:
-            maps: by layer, what student and teacher make of a dummy input, equally many maps.
+            maps: by layer, the maps of student and teacher on a dummy input, equal in number.
         """
         for name, base in self.bases:
             self._wire_base(name, base, maps)
@@ -186,7 +187,7 @@ class FeatureDistiller(ConfigurableDistiller):
         if base['same_channels'] and s_all != t_all:
             raise ValueError(
                 f'base: {name!r} compares channel with channel, but the maps of {", ".join(maps)} have {s_all} '
-                f"channels in the student and {t_all} in the teacher. Use base='fitnet', or adapt the channels: "
+                f"channels in the student and {t_all} in the teacher. Use base='fitnet', or adapt the channels with "
                 f"base=dict(preset={name!r}, same_channels=False, share='layer', connector=dict("
                 "type='mmkd_plugin.FitNetConnector', in_channels='s_channels', out_channels='t_channels'))")
         index = 0
@@ -215,7 +216,7 @@ class FeatureDistiller(ConfigurableDistiller):
 
     def _connect(self, name: str, config: dict | list, share: str, layer: str, level: int, index: int,
                  s_maps: list[Tensor], t_maps: list[Tensor]) -> dict:
-        """Returns what an entry of ``loss_forward_mappings`` says of the connector, which it adds at first use."""
+        """Returns the connector's part of an entry of ``loss_forward_mappings``. Adds the connector at first use."""
         if share == 'all':
             return dict(connector=name, connector_idx=index)
         if share == 'map':
@@ -228,7 +229,7 @@ class FeatureDistiller(ConfigurableDistiller):
         return dict(connector=name, connector_idx=level)
 
     def build_connectors(self, connectors: dict) -> nn.ModuleDict:
-        """As in MMRazor, where a value of the wrong type raises whatever the layer inside makes of it."""
+        """As in MMRazor, but raises ``ValueError`` for a value of the wrong type."""
         try:
             return super().build_connectors(connectors)
         except TypeError as error:
@@ -237,7 +238,7 @@ class FeatureDistiller(ConfigurableDistiller):
     def _add_connector(self, name: str, config: dict | list, s_channels: int | list[int],
                        t_channels: int | list[int]) -> str:
         if name in self.connectors:
-            raise ValueError(f'connectors: the distiller writes a connector named {name!r} itself. Rename yours')
+            raise ValueError(f'connectors: {name!r} is a name that the distiller uses itself. Rename your connector')
         config = fill_channels(config, s_channels, t_channels)
         with DefaultScope.overwrite_default_scope('mmrazor'):
             self.connectors[name] = self.build_connectors({name: config})[name]
@@ -245,9 +246,9 @@ class FeatureDistiller(ConfigurableDistiller):
         return name
 
     def add_loss(self, name: str, loss: dict, weight: float = 1.0, **inputs: dict) -> None:
-        """Adds a loss and where it reads its ``inputs``, each an entry of ``loss_forward_mappings``."""
+        """Adds a loss with its ``inputs``, each an entry of ``loss_forward_mappings``."""
         if name in self.distill_losses:
-            raise ValueError(f'distill_losses.{name}: the distiller writes a loss of this name itself. Rename yours')
+            raise ValueError(f'distill_losses.{name}: the distiller uses this name itself. Rename your loss')
         with DefaultScope.overwrite_default_scope('mmrazor'):
             try:
                 self.distill_losses[name] = RAZOR_MODELS.build(loss)
@@ -260,11 +261,11 @@ class FeatureDistiller(ConfigurableDistiller):
 
     @property
     def loss_names(self) -> list[str]:
-        """The names of all losses."""
+        """Names of all losses."""
         return list(self.distill_losses) + (['loss_crosskd_cls', 'loss_crosskd_reg'] if self.crosskd else [])
 
     def place(self, layer: str, level: int, from_student: bool) -> dict:
-        """Returns where a map is, as an entry of ``loss_forward_mappings``."""
+        """Returns the place of a map, as an entry of ``loss_forward_mappings``."""
         call, part = self._places[from_student][layer][level]
         entry = dict(recorder=layer, from_student=from_student)
         if call:
@@ -278,7 +279,7 @@ class FeatureDistiller(ConfigurableDistiller):
         return {layer: places[-1][0] + 1 for layer, places in self._places[from_student].items()}
 
     def maps(self, layer: str, from_student: bool) -> list[Tensor]:
-        """Returns all maps of a layer, (N, C, H, W) each, as they were recorded."""
+        """Returns all recorded maps of a layer, each (N, C, H, W)."""
         return [ConfigurableDistiller.get_record(self, **self.place(layer, level, from_student))
                 for level in range(len(self._places[from_student][layer]))]
 
@@ -289,7 +290,7 @@ class FeatureDistiller(ConfigurableDistiller):
                    data_idx: int | None = None,
                    connector: str | None = None,
                    connector_idx: int | None = None) -> Any:
-        """As in MMRazor, except that a connector runs once a step, however many losses read it."""
+        """As in MMRazor, except that a connector runs once per step, even if several losses read it."""
         place = (recorder, from_student, record_idx, data_idx)
         if not connector:
             record = self.read(*place)
@@ -304,26 +305,26 @@ class FeatureDistiller(ConfigurableDistiller):
         return record if connector_idx is None else record[connector_idx]
 
     def read(self, recorder: str, from_student: bool, record_idx: int, data_idx: int | None) -> Any:
-        """Returns what a loss or connector gets of a recorder."""
+        """Returns the record that a loss or connector gets from a recorder."""
         if recorder not in self.layers:
             return super().get_record(recorder, from_student, record_idx, data_idx)
         places, maps = self._places[from_student][recorder], self.features(recorder, from_student)
         if (record_idx, data_idx) in places:
             return maps[places.index((record_idx, data_idx))]
-        return [x for x, (call, _) in zip(maps, places) if call == record_idx]  # all of a call
+        return [x for x, (call, _) in zip(maps, places) if call == record_idx]  # all maps of a call
 
     def features(self, layer: str, from_student: bool) -> list[Tensor]:
-        """Returns the maps of a layer as losses and connectors get them."""
+        """Returns the maps of a layer that losses and connectors get."""
         return self.maps(layer, from_student)
 
     def _for_connector(self, connector: str, maps: Any) -> Any:
-        """Detaches maps from the student while only the connector learns, see :class:`.AutoWeight`."""
+        """Detaches maps from the student while only the connector is trained, see :class:`.AutoWeight`."""
         if not any(auto.warming_up and connector.startswith(f'{name}_') for name, auto in self.autos.items()):
             return maps
         return maps.detach() if isinstance(maps, Tensor) else [x.detach() for x in maps]
 
     def _once(self, key: tuple, feature: Callable[[], Any]) -> Any:
-        """Returns the output of the connector ``key[0]``, which runs once a step."""
+        """Returns the output of the connector ``key[0]``, which runs once per step."""
         if self._outputs is None:
             return self.connectors[key[0]](feature())
         if key not in self._outputs:
@@ -332,7 +333,7 @@ class FeatureDistiller(ConfigurableDistiller):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Keeps the outputs of connectors, with their graph, no longer than the losses need."""
+        """Keeps the outputs of connectors, with their graph, until the losses are computed."""
         self._outputs = {}
         try:
             yield
@@ -340,7 +341,7 @@ class FeatureDistiller(ConfigurableDistiller):
             self._outputs = None
 
     def compute_distill_losses(self) -> dict[str, Tensor]:
-        """Returns the weighted losses of what is recorded."""
+        """Returns the weighted losses of the records."""
         if self._outputs is None:
             with self.step():
                 return self.compute_distill_losses()
@@ -350,21 +351,21 @@ class FeatureDistiller(ConfigurableDistiller):
         return losses
 
     def forget(self) -> None:
-        """Lets go of what a step has recorded outside of the recorders."""
+        """Releases the records of a step outside the recorders."""
         if self.crosskd is not None:
             self.crosskd.reset()
 
     def compute_unlabelled_losses(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Returns the weighted losses of what is recorded of images without labels.
+        """Returns the weighted losses of the records of images without labels.
 
         Args:
-            names: those of ``loss_forward_mappings`` that read no labels.
+            names: names in ``loss_forward_mappings`` of losses that need no labels.
         """
         with self.step():
             return self.losses_of(names)
 
     def losses_of(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Returns these losses, weighted."""
+        """Returns the weighted losses of these names."""
         def inputs_of(name: str) -> dict[str, Any]:
             return {argument: self.get_record(**entry) for argument, entry in self.loss_forward_mappings[name].items()}
 
@@ -377,19 +378,19 @@ class FeatureDistiller(ConfigurableDistiller):
             losses.update(zip(group, values.unbind()))
         for name in names:
             auto = self.auto_of(name)
-            weight = self.weights.get(name, 1.0) if auto is None else auto.weight.clone()  # which changes in the step
+            weight = self.weights.get(name, 1.0) if auto is None else auto.weight.clone()  # it changes during the step
             if auto is not None or weight != 1:
                 losses[name] = losses[name] * weight
         return {name: losses[name] for name in names}
 
     def auto_of(self, loss: str) -> AutoWeight | None:
-        """Returns the measured weight of a loss, if it has one."""
+        """Returns the measured weight of a loss, or None."""
         return next((auto for name, auto in self.autos.items() if loss in self.losses_by_base[name]), None)
 
     def gradient_report(self, task: Tensor, losses: dict[str, Tensor]) -> str | None:
-        """Returns how hard each part of the distillation pushes the layers, relative to the task; None if unknown.
+        """Returns the gradient norms of each part of the distillation at the layers, relative to the task, or None.
 
-        Args: as :meth:`measure`.
+        For the arguments, see :meth:`measure`.
         """
         groups = {name: [losses[loss] for loss in names] for name, names in self.losses_by_base.items()}
         groups['DAM'] = [loss for name, loss in losses.items() if name.startswith('loss_dam_')]
@@ -399,7 +400,7 @@ class FeatureDistiller(ConfigurableDistiller):
             return None
         try:
             task_norm, *norms = gradient_norms([task, *sums.values()], maps).tolist()
-        except RuntimeError:  # activation checkpointing knows no such gradients
+        except RuntimeError:  # activation checkpointing does not support these gradients
             return None
         if not task_norm > 0:
             return None
@@ -407,15 +408,15 @@ class FeatureDistiller(ConfigurableDistiller):
 
     @property
     def measuring(self) -> bool:
-        """Whether :meth:`measure` is to be called in this iteration."""
+        """Whether to call :meth:`measure` in this iteration."""
         return any(auto.measuring for auto in self.autos.values())
 
     def measure(self, task: Tensor, losses: dict[str, Tensor]) -> None:
-        """Sets weights that are measured.
+        """Updates the measured weights.
 
         Args:
             task: the sum of the student's own losses.
-            losses: what :meth:`compute_distill_losses` returned in this step.
+            losses: the result of :meth:`compute_distill_losses` in this step.
         """
         autos = {name: auto for name, auto in self.autos.items() if auto.measuring}
         maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
@@ -426,7 +427,7 @@ class FeatureDistiller(ConfigurableDistiller):
             auto.update(task_norm, norm)
 
     def weight_of(self, name: str) -> float:
-        """Returns the weight of a loss: 0 if it cannot be other than zero."""
+        """Returns the weight of a loss; 0 means that the loss is always zero."""
         if name.startswith('loss_crosskd_'):
             return self.crosskd_weight * getattr(self.crosskd, f'{name.removeprefix("loss_crosskd_")}_loss_weight')
         inner = getattr(self.distill_losses[name], 'loss_weight', 1.0) if name in self.distill_losses else 1.0
@@ -435,7 +436,7 @@ class FeatureDistiller(ConfigurableDistiller):
 
 def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | Sequence[float] | None) -> tuple[
         list[tuple[str, dict]], tuple[float, dict] | None]:
-    """Returns the bases as names and dicts with every field; and the weight and arguments of CrossKD, if it is one."""
+    """Returns the names and complete dicts of the bases, and the weight and arguments of CrossKD or None."""
     several = isinstance(base, (list, tuple))
     given = list(base) if several else [] if base is None else [base]
     if loss_weight is None:
@@ -454,7 +455,7 @@ def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | 
                          if key not in ('preset', 'weight')}
             own = each.get('weight', 1.0) if isinstance(each, dict) else 1.0
             if weight == 'auto':
-                raise ValueError("loss_weight: 'auto' measures at layers, got it for crosskd, which reads none. Give a "
+                raise ValueError("loss_weight: 'auto' measures gradients at layers, but crosskd has no layers. Give a "
                                  'number')
             crosskd = own if weight is None else weight, arguments
             continue
@@ -463,7 +464,7 @@ def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | 
         found.append((name, dict(whole, auto=weight == 'auto', weight=whole['weight'] if weight == 'auto' else weight)))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
-        raise ValueError(f'base: two have the name {max(names, key=names.count)!r}. Give one another name=')
+        raise ValueError(f'base: two bases are named {max(names, key=names.count)!r}. Give one of them another name=')
     return found, crosskd
 
 
@@ -480,20 +481,20 @@ def _pairs(layers: Sequence[str | Sequence[str]]) -> dict[str, tuple[str, str]]:
             raise ValueError('layers: expected a list of names, or of pairs (student\'s, teacher\'s), such as '
                              f'["backbone.layer3", "neck"], got {layers!r}')
         if pair[0] in pairs:
-            raise ValueError(f'layers: {pair[0]!r} is there twice')
+            raise ValueError(f'layers: {pair[0]!r} is given twice')
         pairs[pair[0]] = tuple(pair)
     if not pairs:
-        raise ValueError('layers: the list is empty. Name at least one layer, such as "neck"')
+        raise ValueError('layers: the list is empty. Give at least one layer, such as "neck"')
     return pairs
 
 
 def map_name(layer: str, level: int, levels: int) -> str:
-    """The end of a loss's name: the layer, and the level where there are several."""
+    """Returns the end of a loss's name: the layer, and the level if there are several."""
     return layer.replace('.', '_') + (f'_{level}' if levels > 1 else '')
 
 
 def exact_zero(module: nn.Module) -> Tensor | float:
-    """A zero that gives every trainable parameter a zero gradient, as DistributedDataParallel needs it."""
+    """Returns a zero with zero gradients for all trainable parameters, as DistributedDataParallel needs."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.stack([parameter.flatten()[:0].sum() for parameter in parameters]).sum() if parameters else 0.0
 
@@ -507,5 +508,5 @@ def one_width(layer: str, side: str, maps: Sequence[Tensor]) -> int:
     channels = [x.shape[1] for x in maps]
     if len(set(channels)) > 1:
         raise ValueError(f'layers: {layer!r} of the {side} gives maps of {channels} channels, but all maps of a layer '
-                         'share one connector and one DAM. Name the stages as layers of their own')
+                         'share one connector and one DAM. Give the stages as separate layers')
     return channels[0]

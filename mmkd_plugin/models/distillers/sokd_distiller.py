@@ -1,4 +1,4 @@
-"""SoKD around a distiller of feature maps."""
+"""The distiller of SoKD, around a distiller of feature maps."""
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,49 +19,49 @@ from .feature_distiller import FeatureDistiller, exact_zero, one_width
 
 
 class _Search(NamedTuple):
-    """What the search of a step reads after its backward."""
-    maps: dict[tuple[str, bool], list[Tensor]]  # by layer and whether of the student, detached
+    """Inputs of a search step, after the backward."""
+    maps: dict[tuple[str, bool], list[Tensor]]  # by layer and whether it is of the student, detached
     whole: list[Tensor | None]  # gradients at the student's maps of the last layer
-    distilled: list[Tensor | None]  # the part of them that comes from the distillation
+    distilled: list[Tensor | None]  # the part from the distillation
 
 
 @MODELS.register_module()
 class SoKDDistiller(FeatureDistiller):
-    """DAFA and DAM of SoKD [0] around a base distiller, which sees the refined teacher instead of the teacher.
+    """DAFA and DAM of SoKD [0] around a base distiller, which gets the refined teacher's maps.
 
     [0] Shen, Huang, Zhu, Fan, Zhang, *Student-Oriented Teacher Knowledge Refinement for Knowledge
     Distillation*, arXiv 2409.18785 (2024).
 
-    The student's objective is ``L_task + L_base(F_S, s(F_T)) + lambda L_D + beta L_DA``; the policy ``chi`` of the
-    augmentation ``s`` minimises ``L_aug = 1/2 mean (s(F_T) - sg Phi(F_S))^2``, or with ``dafa=dict(objective=
-    'agreement')`` maximises how far the distillation's gradient points where the task's points, see
-    :meth:`search_policy`. With ``dafa=None, dam=None`` it is the
-    base distiller. Losses beside those of :class:`FeatureDistiller`:
+    The student's objective is ``L_task + L_base(F_S, s(F_T)) + lambda L_D + beta L_DA``. The policy ``chi`` of the
+    augmentation ``s`` minimises ``L_aug = 1/2 mean (s(F_T) - sg Phi(F_S))^2``. With ``dafa=dict(objective=
+    'agreement')``, it maximises the agreement of the distillation's gradient with the task's, see
+    :meth:`search_policy`. With ``dafa=None, dam=None``, this is the base distiller. Losses in addition to those of
+    :class:`FeatureDistiller`:
 
     =======================================  ==========================================================
-    ``loss_dam_detect``, ``loss_dam_area``,  DAM's, followed by ``_LAYER`` where ``layers`` has several
+    ``loss_dam_detect``, ``loss_dam_area``,  DAM's, followed by ``_LAYER`` if there are several layers
     ``loss_dam_anchor``
-    ``loss_aug``                             the policy's; its gradient reaches DAFA alone
+    ``loss_aug``                             the policy's; only DAFA gets its gradient
     ``loss_align_LAYER``                     see below
     =======================================  ==========================================================
 
-    ``Phi``, through which the policy sees the student, is DAM's adapter. Without DAM it is the base's connector if that
-    is ``aligned``; otherwise it is a :class:`ConvAdapter` of its own, which ``loss_align_LAYER`` trains: the mean
-    squared difference of ``Phi(F_S)`` and the teacher that is not refined, with ``F_S`` detached. This loss ends with
-    the search.
+    ``Phi`` maps the student's features to the teacher's for the policy. It is DAM's adapter. Without DAM, it is the
+    base's connector if that is ``aligned``. Otherwise it is a separate :class:`ConvAdapter`, which
+    ``loss_align_LAYER`` trains. This loss is the mean squared difference of ``Phi(F_S)`` and the unrefined teacher,
+    with ``F_S`` detached, and ends with the search.
 
-    The policy needs an optimiser of its own, :class:`~mmkd_plugin.engine.PolicyOptimWrapperConstructor`, and
+    The policy needs its own optimizer, :class:`~mmkd_plugin.engine.PolicyOptimWrapperConstructor`, and
     :class:`~mmkd_plugin.engine.FreezePolicyHook` ends its search.
 
     Args:
         layers, base, loss_weight: as in :class:`FeatureDistiller`.
-        dafa: arguments of :class:`DAFA`; None: the teacher is not refined.
-        dam: arguments of :class:`DAM` without channels; None: no areas. ``adapter`` has arguments of
-            :class:`ConvAdapter`, or is ``'base'``: then DAM reads the aligned connector of the first base.
+        dafa: arguments of :class:`DAFA`, or None for an unrefined teacher.
+        dam: arguments of :class:`DAM` without channels, or None for no DAM. ``adapter`` has arguments of
+            :class:`ConvAdapter`. With ``adapter='base'``, DAM uses the first aligned connector of the bases.
         kwargs: recorders, connectors and losses, as in MMRazor's ``ConfigurableDistiller``.
 
     Raises:
-        ValueError: the arguments contradict each other or, when the models are there, their features.
+        ValueError: an argument is wrong, or the models' features do not fit the arguments.
     """
 
     def __init__(self,
@@ -72,9 +72,9 @@ class SoKDDistiller(FeatureDistiller):
                  dam: dict | None = {},  # noqa: B006
                  **kwargs) -> None:
         if kwargs.keys() & {'connect', 'refine', 'adapter'}:
-            raise ValueError('SoKDDistiller: connect, refine and adapter were arguments before version 0.2. The base '
-                             "has the connector now: base='fitnet' or base=dict(loss=..., connector=...); dam has the "
-                             'adapter: dam=dict(adapter=dict(signed=False))')
+            raise ValueError('SoKDDistiller: connect, refine and adapter were arguments before version 0.2. The '
+                             "connector is now in the base: base='fitnet' or base=dict(loss=..., connector=...). The "
+                             'adapter is now in dam: dam=dict(adapter=dict(signed=False))')
         super().__init__(layers, base, loss_weight, **kwargs)
         for field, value in (('dafa', dafa), ('dam', dam)):
             check_dict(field, {} if value is None else value)
@@ -82,9 +82,9 @@ class SoKDDistiller(FeatureDistiller):
         self.dafa = None if dafa is None else DAFA(**dafa)
         self.dams = nn.ModuleDict()
         self.aligners = nn.ModuleDict()
-        self._given: dict[tuple[str, bool], list[Tensor]] = {}  # features in place of the recorded maps, in a step
+        self._given: dict[tuple[str, bool], list[Tensor]] = {}  # features that replace recorded maps in a step
         self._image: tuple[list[Tensor], tuple[int, int]] | None = None  # boxes and size, for DAM's anchor
-        self._search: _Search | None = None  # from the losses to the search after the backward
+        self._search: _Search | None = None  # set by the losses, read by the search after the backward
 
     def prepare_from_student(self, model: nn.Module) -> None:
         from mmdet.models.detectors import BaseDetector
@@ -108,18 +108,18 @@ class SoKDDistiller(FeatureDistiller):
         given = dict(self.dam)
         for key in ('channels', 'in_channels'):
             if key in given:
-                raise ValueError(f'dam.{key}: the features have it. Leave it out')
+                raise ValueError(f'dam.{key}: is set from the features. Leave it out')
         if given.get('adapter') != 'base':
             return DAM(channels, one_width(layer, 'student', s_maps), **given)
         if self._aligned is None:
-            raise ValueError("dam.adapter: 'base' shares the base's connector, but no base has one that gives the "
-                             "teacher's channels. Leave adapter out: DAM has one of its own then")
+            raise ValueError("dam.adapter: 'base' shares the base's connector, but no base has a connector to the "
+                             "teacher's channels. Leave out adapter, so that DAM builds its own")
         given.pop('adapter')
         return DAM(channels, **given)
 
     @property
     def loss_names(self) -> list[str]:
-        """The names of all losses."""
+        """Names of all losses."""
         names = super().loss_names
         for name, dam in self.dams.items():
             parts = ('detect', 'area') if dam.anchor is None else ('detect', 'area', 'anchor')
@@ -139,13 +139,13 @@ class SoKDDistiller(FeatureDistiller):
         return getattr(next(iter(self.dams.values())), f'{name.split("_")[2]}_loss_weight')
 
     def prepare_batch(self, batch_inputs: Tensor, data_samples: list | None) -> None:
-        """Takes from the batch what DAM's anchor 'boxes' needs."""
+        """Stores the boxes of the batch if DAM's anchor is 'boxes'."""
         if any(dam.anchor == 'boxes' for dam in self.dams.values()):
             boxes = [sample.gt_instances.bboxes for sample in data_samples]
             self._image = [getattr(each, 'tensor', each) for each in boxes], tuple(batch_inputs.shape[-2:])
 
     def features(self, layer: str, from_student: bool) -> list[Tensor]:
-        """Of the teacher, the refined maps."""
+        """As :class:`FeatureDistiller`'s, with the refined maps of the teacher."""
         return self._given.get((layer, from_student)) or super().features(layer, from_student)
 
     @contextmanager
@@ -157,7 +157,7 @@ class SoKDDistiller(FeatureDistiller):
                 self._given, self._image = {}, None
 
     def compute_distill_losses(self, search: bool = True) -> dict[str, Tensor]:
-        """Returns the losses of what is recorded; without ``loss_aug`` unless ``search``."""
+        """Returns the losses of the records, with ``loss_aug`` only if ``search``."""
         with self.step():
             t_maps = {layer: self.maps(layer, False) for layer in self.layers}
             self._refine(t_maps)
@@ -173,9 +173,9 @@ class SoKDDistiller(FeatureDistiller):
         return losses
 
     def compute_unlabelled_losses(self, names: Collection[str]) -> dict[str, Tensor]:
-        """As :class:`FeatureDistiller`'s, of the refined teacher, and DAM's without its anchor.
+        """As :class:`FeatureDistiller`'s, with the refined teacher, and DAM's losses without the anchor.
 
-        The policy and ``Phi`` learn from labelled images alone.
+        The policy and ``Phi`` learn only from labelled images.
         """
         with self.step():
             self._refine({layer: self.maps(layer, False) for layer in self.layers})
@@ -188,9 +188,9 @@ class SoKDDistiller(FeatureDistiller):
         return losses
 
     def _refine(self, t_maps: dict[str, list[Tensor]]) -> None:
-        """Puts the refined teacher in place of the recorded one, until the step ends."""
+        """Replaces the teacher's recorded maps by refined ones until the end of the step."""
         if self.dafa is not None:
-            refined = iter(self.dafa([x for maps in t_maps.values() for x in maps]))  # one draw for all
+            refined = iter(self.dafa([x for maps in t_maps.values() for x in maps]))  # one draw for all maps
             self._given.update({(layer, False): [next(refined) for _ in maps] for layer, maps in t_maps.items()})
 
     def _dam_losses(self, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -203,7 +203,7 @@ class SoKDDistiller(FeatureDistiller):
         return losses
 
     def compute_policy_loss(self) -> Tensor:
-        """Returns ``loss_aug`` alone, of what is recorded: of a batch that only the policy learns from."""
+        """Returns only ``loss_aug``, for the records of a batch that only the policy learns from."""
         with self.step(), torch.no_grad():
             adapted = self._adapted()
         return self._policy_loss({layer: self.maps(layer, False) for layer in self.layers}, adapted)
@@ -213,15 +213,15 @@ class SoKDDistiller(FeatureDistiller):
                                      [x for maps in adapted.values() for x in maps])
 
     def _watch_gradients(self, t_maps: dict[str, list[Tensor]]) -> None:
-        """Lets the backward record the task's gradient at the student's last layer, for :meth:`search_policy`.
+        """Adds hooks that record the task's gradient at the student's last layer, for :meth:`search_policy`.
 
-        The distillation reads the maps through views of their own, so that their gradient is that of its branch; the
-        rest of a map's gradient is the task's. At earlier layers the rest would hold the distillation of later ones.
+        The distillation reads the maps through separate views, whose gradient is that of the distillation. The rest of
+        a map's gradient is the task's. At earlier layers, the rest would contain the distillation of later layers.
         """
         layer = self.layers[-1]
         maps = self.features(layer, True)
         if not all(x.requires_grad for x in maps):
-            return  # an evaluation of the losses
+            return  # the losses are evaluated without a backward
         views = [x.view_as(x) for x in maps]
         self._given[layer, True] = views
         every = {(each, True): [x.detach() for x in self.features(each, True)] for each in self.layers}
@@ -234,9 +234,9 @@ class SoKDDistiller(FeatureDistiller):
     def search_policy(self) -> None:
         """Adds the gradient of the policy's objective ``agreement`` to DAFA's parameters, after a backward.
 
-        Each of DAFA's policy draws is scored by :func:`~..refiners.agreement.agreement_score` at the last of
-        ``layers``, on a part of the batch: how far the gradient of base and DAM, which see the teacher refined by that
-        draw, points where the gradient of the task points.
+        The score of each draw is the agreement of two gradients at the last of ``layers``, on a part of the batch: the
+        gradient of base and DAM with the teacher refined by that draw, and the gradient of the task. See
+        :func:`~..refiners.agreement.agreement_score`.
         """
         search, self._search = self._search, None
         if search is None or search.whole[0] is None:
@@ -255,13 +255,13 @@ class SoKDDistiller(FeatureDistiller):
                 gradients = torch.autograd.grad(loss, student, allow_unused=True)
                 scores.append(agreement_score(task, [torch.zeros_like(x) if gradient is None else gradient
                                                      for x, gradient in zip(student, gradients)]))
-        parameters = list(self.dafa.parameters())  # not backward(): a parallel wrapper would count it
+        parameters = list(self.dafa.parameters())  # not backward(), which a parallel wrapper would count
         for parameter, gradient in zip(parameters, torch.autograd.grad(
                 self.dafa.score_loss(draws, scores), parameters)):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _distillation(self, layer: str, given: dict[tuple[str, bool], list[Tensor]]) -> Tensor:
-        """Returns the losses of the base and of DAM at a layer that depend on the refined teacher, summed."""
+        """Returns the sum of the losses of base and DAM at a layer that depend on the refined teacher."""
         with self.step():
             self._given = given
             losses = self.losses_of([name for name in self.weights if any(
@@ -272,7 +272,7 @@ class SoKDDistiller(FeatureDistiller):
             return sum(losses.values())
 
     def _adapted(self) -> dict[str, list[Tensor]]:
-        """Returns ``Phi(F_S)`` by layer; nothing where it is not needed any more."""
+        """Returns ``Phi(F_S)`` by layer, or an empty dict if it is no longer needed."""
         if self.dams and self.dam.get('adapter') != 'base':
             return {layer: self.dams[layer.replace('.', '_')].adapt(self.features(layer, True))
                     for layer in self.layers}
@@ -287,7 +287,7 @@ class SoKDDistiller(FeatureDistiller):
                         for loss in self._losses_at(layer)] for layer in self.layers}
 
     def _losses_at(self, layer: str) -> list[str]:
-        """Returns the losses of the aligned base at a layer, a map each."""
+        """Returns the names of the aligned base's losses at a layer, one per map."""
         return [name for name, inputs in self.loss_forward_mappings.items() if name.startswith(f'loss_{self._aligned}_')
                 and any(entry['recorder'] == layer and entry['from_student'] for entry in inputs.values())]
 
@@ -299,7 +299,7 @@ class SoKDDistiller(FeatureDistiller):
 
     @torch.no_grad()
     def detect_areas(self, layer: str) -> list[dict[str, Tensor]] | None:
-        """Returns what DAM sees in what is recorded of a layer, see :meth:`DAM.detect`; None without DAM."""
+        """Returns DAM's detections on the records of a layer, see :meth:`DAM.detect`, or None without DAM."""
         if not self.dams:
             return None
         with self.step():

@@ -1,10 +1,10 @@
 """Angular margin-based distillation (AMD) loss.
 
-All maps of a call are computed together. The positions of all maps form one row, sorted by patch and cut into chunks
-of one length, so that each chunk lies in one patch. A sum over a map or a patch is a sum over its chunks.
+All maps of a call are computed together. The positions of all maps form one row. It is sorted by patch and cut into
+chunks of equal length, and each chunk lies in one patch. A sum over a map or a patch is a sum over its chunks.
 
 Letters: M maps, N samples, C channels, H x W positions of one map, g x g patches of one map, L positions of all maps,
-K chunks of T positions, R regions (maps or patches), V views of the row (global; local too if g > 1).
+K chunks of T positions, R regions (maps or patches), V views of the row (global, and local if g > 1).
 """
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from ...registry import MODELS
 from ...utils import check_number
 
-EPS = 1e-6  # is added to the norm that step 2 divides by
+EPS = 1e-6  # added to the norm that step 2 divides by
 Q_MAX = 1 - 1e-7
-MIN_NORM = 1e-3  # of a hat
-REFERENCE_POSITIONS = 4  # of the map on which the scale-free form measures its angles: 2 x 2
-BLOCK = 2**18  # elements of a feature map that a CPU squares at once: they stay in its cache
+MIN_NORM = 1e-3  # smallest divisor of a hat
+REFERENCE_POSITIONS = 4  # K of the scale-free form, a map of 2 x 2
+BLOCK = 2**18  # elements of a feature map that a CPU squares at once, so that they stay in its cache
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """``A = sum_c F_c^2`` in one read of F; keeps F alone; its gradient ``2 F dA`` is one read and one write."""
+    """``A = sum_c F_c^2`` with one read of F. Saves F alone. The gradient ``2 F dA`` takes one read and one write."""
 
     @staticmethod
     def forward(ctx, feature: Tensor) -> Tensor:
@@ -51,38 +51,38 @@ class _SumOfSquares(torch.autograd.Function):
 
 
 class _Regions(NamedTuple):
-    """Regions of a row of chunks. In each view of the row, each chunk lies in one of them."""
+    """Regions (maps or patches) of a row of chunks. In each view of the row, each chunk lies in one region."""
     chunks: Tensor  # (R, most chunks of a region), indices into the V K chunks; padded with an empty chunk
     region: Tensor  # (V, K), the region of each chunk
 
     def sum(self, x: Tensor, reduction: Callable[..., Tensor] = torch.sum) -> Tensor:
-        """(..., V or 1, K, T) to one number a region, (..., R)."""
+        """Reduces (..., V or 1, K, T) to one number per region, (..., R)."""
         by_chunk = reduction(x, dim=-1)
         by_chunk = by_chunk.expand(*by_chunk.shape[:-2], *self.region.shape).flatten(-2)
         return reduction(by_chunk[..., self.chunks], dim=-1)
 
     def norm(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """(..., V or 1, K, T) to the L2 norm of each region, (..., R)."""
+        """Reduces (..., V or 1, K, T) to the L2 norm of each region, (..., R)."""
         return self.sum(x, partial(torch.linalg.vector_norm, dtype=dtype))
 
     def spread(self, x: Tensor) -> Tensor:
-        """(..., R) to the number of the region that each chunk lies in, (..., V, K, 1)."""
+        """Expands (..., R) to the value of each chunk's region, (..., V, K, 1)."""
         return x[..., self.region].unsqueeze(-1)
 
 
 class _Layout(NamedTuple):
-    """How the positions of all maps are laid out as chunks."""
-    source: Tensor  # (1, 1, K T), the position in (L, ) of each place in the chunks; 0 where there is none
-    inside: Tensor  # (K, T), 1 where the place has a position, else 0
+    """Layout of the positions of all maps as chunks."""
+    source: Tensor  # (1, 1, K T), the position in (L, ) at each place in the chunks; 0 if there is none
+    inside: Tensor  # (K, T), 1 if the place has a position, else 0
     places: Tensor  # (1, L), the place of each position
-    spheres: _Regions  # which step 2 normalises over
-    root: Tensor  # (R, ) of spheres, float64: root of the number of positions in the scale-free form, else 1
-    hats: _Regions  # which step 6 normalises over
-    weights: Tensor  # (M, R of hats): of each squared distance in the loss of each map
+    spheres: _Regions  # regions that step 2 normalises over
+    root: Tensor  # (R of spheres, ), float64: root of the number of positions in the scale-free form, else 1
+    hats: _Regions  # regions that step 6 normalises over
+    weights: Tensor  # (M, R of hats), weight of each squared distance in the loss of each map
 
 
 def _patches(height: int, width: int, grid: int) -> list[np.ndarray]:
-    """Positions of each patch, in reading order."""
+    """Returns the positions of each patch, in reading order."""
     rows, columns = (np.minimum(np.arange(length) // (length // min(grid, length)), min(grid, length) - 1)
                      for length in (height, width))
     patch = (rows[:, None] * grid + columns).ravel()
@@ -94,7 +94,7 @@ def _patches(height: int, width: int, grid: int) -> list[np.ndarray]:
 @lru_cache(maxsize=128)
 def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float, scale_free: bool,
             dtype: torch.dtype, device: torch.device) -> _Layout:
-    """Returns the layout of maps of these (H, W), of which at least one has a position."""
+    """Returns the layout of maps with these (H, W). At least one map must have a position."""
     patches, patch_weights, map_sizes, map_counts, map_indices = [], [], [], [], []
     start = 0
     for index, (height, width) in enumerate(shapes):
@@ -107,23 +107,23 @@ def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float,
             map_indices.append(index)
             start += height * width
 
-    # Reductions have two stages, within a chunk and over chunks: both are short if a chunk is a root long.
+    # Reductions have two stages, within a chunk and over chunks. Both are short if the length of a chunk is a root.
     length = 2**int(np.clip(np.log2(max(map(len, patches))) / 2, 3, 7))
     chunks_of_patches = [-(-len(patch) // length) for patch in patches]
-    total = sum(chunks_of_patches) + 1  # the last is empty
+    total = sum(chunks_of_patches) + 1  # the last chunk is empty
     source = np.full((total, length), -1)
     for first, patch in zip(np.cumsum([0, *chunks_of_patches]), patches):
         source[first:].reshape(-1)[:len(patch)] = patch
     places = np.empty(start, dtype=np.int64)
     places[source[source >= 0]] = np.flatnonzero(source >= 0)
-    owner = np.repeat(np.arange(len(map_counts)), map_counts)  # of each patch, its map
+    owner = np.repeat(np.arange(len(map_counts)), map_counts)  # the map of each patch
     chunks_of_maps = np.bincount(owner, chunks_of_patches).astype(int)
 
     def to_device(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(x).to(dtype).to(device, non_blocking=True)
 
     def regions(views: Sequence[np.ndarray]) -> _Regions:
-        """``views``: how many chunks each region has, by view."""
+        """``views`` has the number of chunks of each region, by view."""
         chunks, region, known = [], [], 0
         for view, counts in enumerate(views):
             ends = np.cumsum(counts)
@@ -154,7 +154,7 @@ def _layout(shapes: tuple[tuple[int, int], ...], grid: int, local_weight: float,
 
 
 def _cosine(attention: Tensor, radius: Tensor, scale_free: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Step 2: A over ``radius``, Q, and in the scale-free form their ratio."""
+    """Step 2: returns A / ``radius``, Q, and in the scale-free form their ratio."""
     u = attention / radius
     if not scale_free:
         return u, u, None
@@ -163,15 +163,15 @@ def _cosine(attention: Tensor, radius: Tensor, scale_free: bool) -> tuple[Tensor
 
 
 def _logits(q: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 3 and 4: arccos Q, P and Neg."""
+    """Steps 3 and 4: returns arccos Q, P and Neg."""
     angle = torch.acos(q.clamp(-Q_MAX, Q_MAX))
     return angle, torch.cos(margin * angle).mul_(scale), (1 - q).mul_(scale)
 
 
 class _AngularDistance(torch.autograd.Function):
-    """Steps 2 to 6 of :class:`AMDLoss` for all maps and patches: attention of student and teacher to (M, ).
+    """Steps 2 to 6 of :class:`AMDLoss` for all maps and patches, from attention of student and teacher to (M, ).
 
-    The gradient is computed in the forward pass, which has all that it needs; autograd keeps (N, L) numbers.
+    The gradient is computed in the forward pass, which has all values for it. Autograd saves (N, L) numbers.
     """
 
     @staticmethod
@@ -197,7 +197,7 @@ class _AngularDistance(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             return loss
 
-        # Hats: d|x^ - y^|^2 = 2 <x^ - y^, dx> / |x|, less the part along x^ where |x| is not clamped.
+        # Hats: d|x^ - y^|^2 = 2 <x^ - y^, dx> / |x|, minus the part along x^ where |x| is not clamped.
         square = (logits_norm / clamped).square_()  # of the norms of the hats; 1 where not clamped
         along = (distance + square[:, :, 0] - square[:, :, 1]) / 2 * (square[:, :, 0] == 1)  # <x^ - y^, x^>
         factor = weights.sum(0) * (2 / (3 * samples)) / clamped[:, :, 0]
@@ -232,7 +232,7 @@ class _AngularDistance(torch.autograd.Function):
 
 @lru_cache(maxsize=128)
 def _pooling(length: int, pooled: int, device: torch.device) -> Tensor:
-    """The matrix (pooled, length) that averages as adaptive pooling does, float64."""
+    """Returns the matrix (pooled, length) of adaptive average pooling, float64."""
     bin_ = np.arange(pooled)[:, None]
     first, end = bin_ * length // max(pooled, 1), -(-(bin_ + 1) * length // max(pooled, 1))
     inside = (np.arange(length) >= first) & (np.arange(length) < end)
@@ -240,9 +240,9 @@ def _pooling(length: int, pooled: int, device: torch.device) -> Tensor:
 
 
 def _pool(s_attention: Tensor, t_attention: Tensor) -> list[Tensor]:
-    """Adaptive average pooling of (N, H, W) and (N, H', W') to the smaller of each, of the student's dtype.
+    """Average-pools (N, H, W) and (N, H', W') to the smaller height and width, in the student's dtype.
 
-    Its backward pass is deterministic, where that of ``adaptive_avg_pool2d`` is not on a GPU.
+    Its backward pass is deterministic. That of ``adaptive_avg_pool2d`` is not on a GPU.
     """
     size = [min(lengths) for lengths in zip(s_attention.shape[1:], t_attention.shape[1:])]
     pooled = []
@@ -256,7 +256,7 @@ def _pool(s_attention: Tensor, t_attention: Tensor) -> list[Tensor]:
 
 def amd_logits(attention: Tensor, margin: float = 1.35, scale: float = 64.0,
                scale_free: bool = False) -> tuple[Tensor, Tensor]:
-    """Returns P and Neg of :class:`AMDLoss`, steps 2 to 4, of whole attention maps (N, H, W)."""
+    """Returns P and Neg (steps 2 to 4 of :class:`AMDLoss`) of whole attention maps (N, H, W)."""
     norm = torch.linalg.vector_norm(attention, dim=(1, 2), keepdim=True, dtype=torch.float64)
     root = (attention.size(1) * attention.size(2))**0.5 if scale_free else 1
     _, q, _ = _cosine(attention, (norm / root + EPS).to(attention.dtype), scale_free)
@@ -273,14 +273,14 @@ def amd_loss(s_features: Tensor | Sequence[Tensor],
     """Computes the AMD losses of pairs of feature maps, M of them; see :class:`AMDLoss` for equations and ranges.
 
     Args:
-        s_features: student feature (N, C_S, H, W), any float dtype, or a sequence of them.
-        t_features: teacher feature (N, C_T, H', W'), or as many of them; they receive no gradient.
+        s_features: student feature (N, C_S, H, W) of any float dtype, or a sequence of them.
+        t_features: teacher feature (N, C_T, H', W'), or a sequence of the same length. They receive no gradient.
 
     Returns:
         (M, ), one loss for each pair, float32 (float64 for float64 features); zeros for an empty batch.
 
     Raises:
-        ValueError: the features are not 4-d, not in pairs, or of different batch sizes.
+        ValueError: the features are not 4-d, the sequences differ in length, or the batch sizes differ.
     """
     s_maps, t_maps = ([x] if isinstance(x, Tensor) else list(x) for x in (s_features, t_features))
     shapes = [[tuple(x.shape) for x in maps] for maps in (s_maps, t_maps)]
@@ -289,7 +289,7 @@ def amd_loss(s_features: Tensor | Sequence[Tensor],
         raise ValueError('amd_loss: the features do not match, got s_features of shape '
                          f'{shapes[0]} and t_features of shape {shapes[1]}, expected (N, C_S, H, W) and '
                          "(N, C_T, H', W') in pairs with one N for all")
-    # Autocast needs no guard: of what follows, it would lower only products of matrices, and not if they are float64.
+    # No autocast guard is needed: of the operations below, autocast lowers only matrix products, but not in float64.
     s_attention, t_attention = zip(*(_pool(_SumOfSquares.apply(s), _SumOfSquares.apply(t.detach()))
                                      for s, t in zip(s_maps, t_maps)))
     if not sum(x.numel() for x in s_attention):
@@ -328,12 +328,13 @@ class AMDLoss(nn.Module):
     Deviations from the paper:
 
     - A hat divides by at least 1e-3; the paper has no bound. Only maps with
-      all energy in one position reach it, and their gradient would overflow.
+      all energy in one position reach it. Without it, their gradient would
+      overflow.
     - If student and teacher differ in H or W, the larger attention map is
       average-pooled to the smaller height and width before step 2. Channels
       may differ: AMD needs no connector.
     - ``scale_free=True``, for dense prediction, has the same scale at every
-      resolution, where the paper's form vanishes on large maps. With
+      resolution. The paper's form vanishes on large maps. With
       :math:`\overline{A^2}` the mean of :math:`A^2` over the map, or over the
       patch in the local part, step 2 is
 
@@ -343,9 +344,9 @@ class AMDLoss(nn.Module):
       and step 6 sums over positions instead of averaging. Values of one map
       lie in [0, 4]. docs/amd.md derives this form.
 
-    Maps are computed in float32 (float64 if the feature is), also under
-    autocast. Autograd keeps the student's feature maps, which the network
-    keeps anyway, and one number per sample and position.
+    The computation is in float32 (float64 for float64 features), also under
+    autocast. Autograd saves the student's feature maps, which the network
+    saves anyway, and one number per sample and position.
 
     Args:
         margin: m, in (0, 2]. Paper: 1.35.

@@ -1,10 +1,10 @@
-"""How CrossKD compares the predictions of two dense heads.
+"""Losses of CrossKD between the predictions of two dense heads.
 
 [0] Wang, Chen, Zheng, Li, Cheng, Hou, CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024,
 arXiv 2306.11369.
 
-All return sums, in float32, for the caller to divide. Letters: N images, A anchors per position, K classes, R bins of
-a distance, (H, W) a level's map.
+All losses are sums in float32; the caller divides them. Letters: N images, A anchors per position, K classes, R bins of
+a distance, (H, W) size of a level's map.
 """
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def quality_focal_loss(s_logits: Tensor, t_logits: Tensor, beta: float = 1.) -> Tensor:
-    """``|p_S - p_T|^beta BCE(p_S, p_T)``, summed; p are sigmoids of logits of any shape.
+    """Returns the sum of ``|p_S - p_T|^beta BCE(p_S, p_T)``, where p are sigmoids of logits of any shape.
 
-    The factor makes it zero where both agree, although the cross-entropy of soft targets is not.
+    The factor makes the loss zero where both agree; the cross-entropy of soft targets alone is not zero there.
     """
     s_logits, target = s_logits.float(), t_logits.detach().float().sigmoid()
     distance = (s_logits.sigmoid() - target).abs()
@@ -22,21 +22,21 @@ def quality_focal_loss(s_logits: Tensor, t_logits: Tensor, beta: float = 1.) -> 
 
 
 def box_loss(s_boxes: Tensor, t_boxes: Tensor, weight: Tensor) -> Tensor:
-    """``1 - GIoU`` of (n, 4) boxes, x1 y1 x2 y2, weighted by (n,) and summed."""
+    """Returns the sum of ``1 - GIoU`` of (n, 4) boxes, x1 y1 x2 y2, weighted by (n,)."""
     from mmdet.structures.bbox import bbox_overlaps
     giou = bbox_overlaps(s_boxes.float(), t_boxes.detach().float(), mode='giou', is_aligned=True)
     return ((1 - giou) * weight).sum()
 
 
 def distribution_loss(s_logits: Tensor, t_logits: Tensor, weight: Tensor) -> Tensor:
-    """``KL(T || S)`` of the (N, 4, R, H, W) distributions of a box's four distances, averaged over the four, weighted
-    by (N, H, W) and summed."""
+    """Returns the sum of ``KL(T || S)`` of the (N, 4, R, H, W) distributions of a box's four distances, averaged over
+    the four and weighted by (N, H, W)."""
     s_log, t_log = (F.log_softmax(x.float(), dim=2) for x in (s_logits, t_logits.detach()))
     return ((t_log.exp() * (t_log - s_log)).sum(2).mean(1) * weight).sum()
 
 
 def best_score(logits: Tensor, classes: int) -> Tensor:
-    """The largest probability of any class for each anchor, (N, A, H, W), of (N, A K, H, W) logits."""
+    """Returns the largest class probability of each anchor, (N, A, H, W), from logits (N, A K, H, W)."""
     return logits.detach().float().unflatten(1, (-1, classes)).amax(2).sigmoid()
 
 

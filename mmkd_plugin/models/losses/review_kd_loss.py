@@ -1,6 +1,6 @@
 """Hierarchical context loss of ReviewKD.
 
-Letters: N images, C channels, (H, W) a level's map.
+Letters: N images, C channels, (H, W) size of a level's map.
 """
 from collections.abc import Sequence
 
@@ -17,10 +17,10 @@ POOLED_SIZES = (4, 2, 1)
 def hierarchical_context_loss(s_feature: Tensor, t_feature: Tensor) -> Tensor:
     """Mean squared difference of the full maps and of the maps pooled to 4x4, 2x2 and 1x1, float32.
 
-    Weights are 1, 1/2, 1/4, 1/8 over their sum. A size that would not shrink the map is left out, and the
-    next takes its weight; the smaller side of an oblong map is kept if pooling would enlarge it.
+    The weights are 1, 1/2, 1/4 and 1/8, divided by their sum. A size that would not shrink the map is left out, and
+    the next size gets its weight. If pooling would enlarge the smaller side of an oblong map, this side is kept.
     """
-    difference = s_feature.float() - t_feature.float()  # pooling is linear: once, not for each side
+    difference = s_feature.float() - t_feature.float()  # pooling is linear, so the difference is pooled once
     height, width = difference.shape[2:]
     loss, weight, total = _mean_square(difference), 1., 1.
     for size in POOLED_SIZES:
@@ -57,7 +57,7 @@ class ReviewKDLoss(nn.Module):
         return f'loss_weight={self.loss_weight}'
 
     def forward(self, s_feature: Tensor | Sequence[Tensor], t_feature: Tensor | Sequence[Tensor]) -> Tensor:
-        """The sum over levels for (N, C, H, W) features, one each or a sequence of levels.
+        """Returns the sum over levels for features (N, C, H, W), one of each network or a sequence of levels.
 
         Raises:
             ValueError: the numbers of levels or the shapes differ.

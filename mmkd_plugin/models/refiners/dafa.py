@@ -1,10 +1,9 @@
-"""DAFA, SoKD's differentiable automatic feature augmentation: a learned policy that refines the teacher.
+"""DAFA, SoKD's differentiable automatic feature augmentation.
 
 [0] Shen, Huang, Zhu, Fan, Zhang, *Student-Oriented Teacher Knowledge Refinement
 for Knowledge Distillation*, arXiv 2409.18785 (2024).
 
-Letters: S sub-policies of K operations; D policy draws; P positions of all
-levels; features are ``(N, C, H, W)``.
+Letters: S sub-policies of K operations; D policy draws; P positions of all levels; features are ``(N, C, H, W)``.
 """
 import itertools
 import math
@@ -30,12 +29,12 @@ WAITING, SEARCHING, FROZEN = range(3)
 
 
 class Draw(NamedTuple):
-    """One sub-policy with everything that chance decides about it."""
-    index: int  # of the sub-policy
-    applied: tuple[bool, ...]  # which of its K operations
-    row: Row  # the operations that do something, with their values; none is the identity
+    """One sub-policy with all its random choices."""
+    index: int  # index of the sub-policy
+    applied: tuple[bool, ...]  # whether each of its K operations is applied
+    row: Row  # the operations that change something, with their values; empty for the identity
     chance: Chance
-    offset: tuple[float, ...] = ()  # K, what was added to the policy's magnitudes
+    offset: tuple[float, ...] = ()  # K, offsets from the policy's magnitudes
 
 
 class Policy(NamedTuple):
@@ -47,68 +46,62 @@ class Policy(NamedTuple):
 
 @MODELS.register_module()
 class DAFA(BaseModule):
-    """Refines teacher features by one sub-policy a batch, and learns which suits the student [0].
+    """Refines teacher features with one sub-policy per batch, and learns which sub-policies suit the student [0].
 
-    A sub-policy is K operations in a row, each applied with a probability and
-    at a magnitude of its own. All three parameters are logits: ``alpha`` (S,)
-    selects by softmax; ``beta`` (S, K), application probabilities, and
-    ``magnitude`` (S, K) go through a sigmoid, so that no optimiser step leaves
-    the range and none gets stuck at its end, as it would behind a clamp. A
-    magnitude of 0.5 is the identity of a shear, translation or rotation, whose
-    direction is learned.
+    A sub-policy is a sequence of K operations. Each is applied with its own probability and magnitude. All three
+    parameters are logits: ``alpha`` (S,) selects by softmax. ``beta`` (S, K), the application probabilities, and
+    ``magnitude`` (S, K) pass through a sigmoid, so that optimizer steps stay in the range and do not get stuck at its
+    ends, as with a clamp. A magnitude of 0.5 is the identity of a shear, translation or rotation. Their direction is
+    learned.
 
     Usage, in training::
 
         refined = dafa(t_features)  # one draw for all levels, constants
-        loss_aug = dafa.policy_loss(t_features, s_features)  # draws of its own; reaches the policy only
+        loss_aug = dafa.policy_loss(t_features, s_features)  # separate draws; only the policy gets a gradient
 
-    A policy is waiting (it refines nothing), searching or frozen (sampled, and
-    no longer learned). It is made searching.
+    A policy is waiting (it does not refine), searching or frozen (it is sampled but no longer learns). It starts in the
+    state searching.
 
-    **Objectives.** ``similarity`` is the paper's, ``L_aug = 1/2 mean((s(F_T) - F_S)^2)``.
-    ``agreement`` scores a draw by :func:`~.agreement.agreement_score`, outside of this module: take
-    draws by :meth:`sample`, refine the features by :meth:`refine` and learn from the scores by :meth:`score_loss`.
+    **Objectives.** ``similarity`` is the paper's, ``L_aug = 1/2 mean((s(F_T) - F_S)^2)``. ``agreement`` scores a draw
+    by :func:`~.agreement.agreement_score`, outside of this module: get draws from :meth:`sample`, refine the features
+    with :meth:`refine` and learn from the scores with :meth:`score_loss`.
 
-    **Gradients.** The paper relaxes selection and application at a temperature
-    of 0.5. Here both are hard, as the relaxation's straight-through gradient is
-    biased towards operations that erase the map. A step draws D sub-policies,
-    each at two magnitudes, m + d and m - d, where the signs of the K entries of
-    d are random. With s+ and s- the scores of the two and s their mean::
+    **Gradients.** The paper relaxes selection and application at a temperature of 0.5. Here both are hard, because the
+    relaxation's straight-through gradient is biased towards operations that erase the map. A step draws D
+    sub-policies, each at two magnitudes, m + d and m - d, where the signs of the K entries of d are random. With s+
+    and s- the scores of the two and s their mean::
 
         alpha, beta:  mean over draws of (s - mean s of the other draws) * grad log p(draw)
         magnitude:    mean over draws of (s+ - s-) / (2 d)
 
-    Both are unbiased for the expected score of m + d and m - d. Every operation
-    has its exact symmetric difference, hard choices included, and none is
-    straight-through. ``similarity`` takes the difference over the positions
-    that both maps fill from inside, as the zeros outside would dominate it.
+    Both are unbiased for the expected score of m + d and m - d. Every operation has its exact symmetric difference,
+    with hard choices and without straight-through gradients. ``similarity`` takes the difference over positions that
+    both maps fill from inside, because the zeros outside would dominate it.
 
-    **Cost.** The draws of ``similarity`` are one batch of ``2 D max(1, N // D)``
-    samples, of features alone. The step takes the next ``N // D`` samples of
-    the batch, or one sample, and all draws see the same ones.
+    **Cost.** The draws of ``similarity`` are one batch of ``2 D max(1, N // D)`` samples of features. A step uses the
+    next ``N // D`` samples of the batch, or one sample, the same for all draws.
 
-    **Randomness.** Draws depend on ``seed``, on the number of draws so far and
-    on ``alpha`` and ``beta`` alone: they are the same on every rank and go on
-    after a resume as if there had been none.
+    **Randomness.** Draws depend only on ``seed``, on the number of draws so far and on ``alpha`` and ``beta``. They are
+    the same on every rank, and a resumed run continues with the same draws as an uninterrupted one.
 
     Args:
-        operations: Names from :data:`~.feature_ops.OPERATIONS`; by default all nine.
+        operations: Names from :data:`~.feature_ops.OPERATIONS`; all nine by default.
         sub_policy_size: K.
-        num_sub_policies: S; by default all combinations of K operations, else that many of them at random.
-        alpha_init: Selection logit; equal ones select uniformly, whatever their value.
-        beta_init: Application probability, in (0, 1).
-        magnitude_init: Share of each operation's range, in (0, 1).
-        objective: What the policy learns from, ``similarity`` or ``agreement``.
+        num_sub_policies: S. By default, all combinations of K operations are used, otherwise that many at random.
+        alpha_init: Initial selection logit. Equal logits select uniformly, whatever their value.
+        beta_init: Initial application probability, in (0, 1).
+        magnitude_init: Initial share of each operation's range, in (0, 1).
+        objective: Objective of the policy, ``similarity`` or ``agreement``.
         policy_draws: D, at least 2.
-        seed: Of the draws; by default torch's seed, which MMEngine's Runner sets from ``randomness.seed`` before it
-            builds the model. With ``num_sub_policies``, a stated seed also selects the combinations.
+        seed: Seed of the draws. The default is torch's seed, which MMEngine's Runner sets from ``randomness.seed``
+            before it builds the model. With ``num_sub_policies``, a given seed also selects the combinations.
 
     Raises:
-        ValueError: An argument is outside what is stated above.
+        ValueError: An argument is out of its range.
     """
 
     OBJECTIVES = ('similarity', 'agreement')
-    SYMMETRIC_STEP, STEP = 0.01, 0.05  # d, of operations that move positions and of others
+    SYMMETRIC_STEP, STEP = 0.01, 0.05  # d of operations that move positions, and of the others
 
     def __init__(self,
                  operations: Sequence[str] | None = None,
@@ -130,7 +123,7 @@ class DAFA(BaseModule):
             chosen = random.Random(f'{seed} sub-policies').sample(range(len(combinations)), num_sub_policies)
             combinations = [combinations[i] for i in sorted(chosen)]
         if objective not in self.OBJECTIVES:
-            raise ValueError(f'dafa.objective: there is no {objective!r}; {closest(objective, self.OBJECTIVES)}')
+            raise ValueError(f'dafa.objective: unknown objective {objective!r}; {closest(objective, self.OBJECTIVES)}')
         if seed is not None:
             check_number('dafa.seed', seed, 0, 2**63 - 1, whole=True)
         self.sub_policies: list[tuple[str, ...]] = combinations
@@ -140,27 +133,27 @@ class DAFA(BaseModule):
         self.alpha = nn.Parameter(torch.full(shape[:1], float(check_number('dafa.alpha_init', alpha_init))))
         self.beta = nn.Parameter(torch.full(shape, _logit('dafa.beta_init', beta_init)))
         self.magnitude = nn.Parameter(torch.full(shape, _logit('dafa.magnitude_init', magnitude_init)))
-        # Tensors, because checkpoints keep nothing else; mirrored on the host, where they are read.
+        # Tensors, because checkpoints only have tensors. They are read from copies on the host.
         self.register_buffer('seed', torch.tensor(torch.initial_seed() % 2**63 if seed is None else seed))
-        self.register_buffer('num_draws', torch.tensor(0))  # of the student
+        self.register_buffer('num_draws', torch.tensor(0))  # draws for the student
         self.register_buffer('num_searches', torch.tensor(0))  # calls of `sample`
         self.register_buffer('phase', torch.tensor(SEARCHING))
         self._forget_host()
 
     def _forget_host(self) -> None:
-        self._host: dict[str, int] = {}  # buffers, read when they are needed first
+        self._host: dict[str, int] = {}  # buffers, copied at first use
         self._policy: Policy | None = None  # kept while frozen
         self._fetched: tuple[Tensor, torch.cuda.Event, list[int]] | None = None
         self.last_draw: Draw | None = None  # the student's
 
     def __getstate__(self) -> dict:
-        return dict(self.__dict__, _fetched=None)  # a copy fetches its own; an event cannot be copied
+        return dict(self.__dict__, _fetched=None)  # an event cannot be copied; the copy fetches again
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         if f'{prefix}is_frozen' in state_dict:
             raise ValueError(
                 f'{prefix[:-1] or "DAFA"}: the checkpoint has a policy of mmkd_plugin 0.1, whose magnitudes had '
-                'random signs and mean something else now. Start from its student alone: model.student_ckpt=CHECKPOINT')
+                'random signs and have another meaning now. Start from its student: model.student_ckpt=CHECKPOINT')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._forget_host()
 
@@ -168,7 +161,7 @@ class DAFA(BaseModule):
 
     @property
     def names(self) -> list[str]:
-        """The sub-policies' names, in the order of the parameters: 'ShearX+Rotate'."""
+        """Names of the sub-policies in the order of the parameters, such as 'ShearX+Rotate'."""
         return ['+'.join(operations) for operations in self.sub_policies]
 
     def _read(self, buffer: str) -> int:
@@ -177,9 +170,9 @@ class DAFA(BaseModule):
         return self._host[buffer]
 
     def _random(self, buffer: str) -> random.Random:
-        """Returns the generator of the next draw that ``buffer`` counts."""
+        """Returns the generator of the next draw and increments the counter ``buffer``."""
         if 'seed' not in self._host:
-            broadcast(self.seed)  # all ranks draw as the first does
+            broadcast(self.seed)  # all ranks make the same draws
         count = self._read(buffer)
         self._host[buffer] = count + 1
         getattr(self, buffer).add_(1)
@@ -191,7 +184,7 @@ class DAFA(BaseModule):
 
     @property
     def waiting(self) -> bool:
-        """Whether the policy neither refines nor learns yet."""
+        """Whether the policy does not refine or learn yet."""
         return self._read('phase') == WAITING
 
     @property
@@ -205,19 +198,18 @@ class DAFA(BaseModule):
         return self._read('phase') == FROZEN
 
     def wait(self) -> None:
-        """Refines nothing until :meth:`start_search`."""
+        """Stops refining until :meth:`start_search`."""
         self._enter(WAITING)
 
     def start_search(self) -> None:
-        """Refines and learns from now on."""
+        """Starts to refine and learn."""
         self._enter(SEARCHING)
 
     def freeze(self) -> None:
-        """Ends the search: the policy is still sampled, but its loss is zero.
+        """Ends the search. The policy is still sampled, but its loss is zero.
 
-        The parameters keep getting gradients, exact zeros, so that
-        DistributedDataParallel does not miss them. An optimiser with momentum
-        or weight decay moves them all the same: stop it.
+        The parameters still get gradients of exactly zero, because DistributedDataParallel needs them. An optimizer
+        with momentum or weight decay would still change the parameters, so stop it.
         """
         self._enter(FROZEN)
 
@@ -231,7 +223,7 @@ class DAFA(BaseModule):
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """Starts to copy the policy to the host. Call it after an optimiser's step, and no draw waits for a forward."""
+        """Starts to copy the policy to the host. After an optimizer step, this saves draws the wait for a forward."""
         if self.alpha.is_cuda:
             flat = self._flat()
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
@@ -241,7 +233,7 @@ class DAFA(BaseModule):
             self._fetched = host, event, self._versions()
 
     def policy(self) -> Policy:
-        """Returns the policy's current values: those fetched, if nothing has changed since, or read from the device."""
+        """Returns the policy's current values, from the fetched copy if it is up to date, or else from the device."""
         if self._policy is not None:
             return self._policy
         if self._fetched is not None and self._fetched[2] == self._versions():
@@ -249,7 +241,7 @@ class DAFA(BaseModule):
             flat = self._fetched[0]
         else:
             flat = self._flat().detach().cpu()
-        flat, size = flat.numpy().astype(np.float64), len(self.alpha)  # the functions run here, alike for any device
+        flat, size = flat.numpy().astype(np.float64), len(self.alpha)  # computed on the host, equal for all devices
         probability = np.exp(flat[:size] - flat[:size].max())
         beta, magnitude = (.5 * (1 + np.tanh(flat[size:] / 2))).reshape(2, size, -1)  # sigmoids that do not overflow
         policy = Policy((probability / probability.sum()).tolist(), beta.tolist(), magnitude.tolist())
@@ -265,7 +257,7 @@ class DAFA(BaseModule):
         return self._at(Draw(index, applied, (), chance), policy, (0., ) * len(applied))
 
     def _at(self, draw: Draw, policy: Policy, offset: tuple[float, ...]) -> Draw:
-        """Returns the draw with magnitudes that lie ``offset`` from the policy's."""
+        """Returns the draw with the policy's magnitudes plus ``offset``."""
         places = zip(self.sub_policies[draw.index], draw.applied, policy.magnitude[draw.index], offset, strict=True)
         row = [(name, OPERATIONS[name].value(m + d)) for name, applied, m, d in places if applied]
         return draw._replace(row=tuple((name, value) for name, value in row if value), offset=offset)
@@ -276,10 +268,9 @@ class DAFA(BaseModule):
         return self._draw(rng, self.policy(), Chance.draw(rng))
 
     def sample(self, count: int | None = None) -> list[Draw]:
-        """Returns draws to score: ``count`` sub-policies, by default ``policy_draws``, each at m + d and at m - d.
+        """Returns draws to score: ``count`` sub-policies, by default ``policy_draws``, each at m + d and then at m - d.
 
-        The two follow each other. A draw whose ``row`` is empty is the identity. What is random about the
-        operations is the same for all.
+        A draw with an empty ``row`` is the identity. The random values of the operations are the same for all draws.
         """
         rng, policy = self._random('num_searches'), self.policy()
         chance, draws = Chance.draw(rng), []
@@ -291,11 +282,11 @@ class DAFA(BaseModule):
         return draws
 
     def _step(self, name: str, magnitude: float) -> float:
-        """d, such that m + d and m - d are in the range."""
+        """Returns d, such that m + d and m - d are in the range."""
         return min(self.SYMMETRIC_STEP if OPERATIONS[name].symmetric else self.STEP, magnitude, 1 - magnitude)
 
     def refine(self, draw: Draw, features: Features) -> Features:
-        """Returns the features as a draw refines them, constants, or the input itself where it is the identity."""
+        """Returns the features refined by a draw, without gradient. If the draw is the identity, returns the input."""
         if not draw.row:
             return features
         levels = _levels(features)
@@ -304,7 +295,7 @@ class DAFA(BaseModule):
         return refined[0] if isinstance(features, Tensor) else type(features)(refined)
 
     def forward(self, features: Features) -> Features:
-        """In training, draws and refines all levels alike; in evaluation and while waiting, returns the input."""
+        """Refines all levels with one draw in training. In evaluation and while waiting, returns the input."""
         if not self.training or self.waiting:
             return features
         self.last_draw = self.draw()
@@ -316,17 +307,17 @@ class DAFA(BaseModule):
         return self._flat()[:0].sum()
 
     def policy_loss(self, t_features: Features, s_features: Features) -> Tensor:
-        """``1/2 mean((s(F_T) - F_S)^2)``, the mean over levels, over draws of its own.
+        """Returns ``1/2 mean((s(F_T) - F_S)^2)``, the mean over levels, for separate draws.
 
-        Computed in float32 at least. Its gradient reaches the policy only, and all of it at every call. The loss
-        and its gradient are zero unless the policy is searching, and with the objective ``agreement``.
+        It is computed at least in float32. Only the policy gets a gradient, all parameters at every call. The loss and
+        its gradient are zero if the policy is not searching, or with the objective ``agreement``.
 
         Args:
             t_features: The teacher's features.
-            s_features: The student's, of the same shapes.
+            s_features: The student's features, of the same shapes.
 
         Raises:
-            ValueError: Number or shapes of the features differ.
+            ValueError: The number or shapes of the features differ.
         """
         if not self.searching or self.objective != 'similarity':
             return self._zero()
@@ -334,7 +325,7 @@ class DAFA(BaseModule):
         shapes = [[tuple(x.shape) for x in levels] for levels in (t_levels, s_levels)]
         if shapes[0] != shapes[1]:
             raise ValueError('s_features: must have the shapes of the teacher\'s features, '
-                             f'{shapes[0]}, got {shapes[1]}')
+                             f'expected {shapes[0]}, got {shapes[1]}')
         if not len(t_levels[0]):
             return self._zero()
         draws = self.sample()
@@ -343,7 +334,7 @@ class DAFA(BaseModule):
         return self.score_loss(draws, -losses, -inner)
 
     def next_samples(self, batch: int) -> slice:
-        """Returns the samples that this search step sees, another part of the batch at every step."""
+        """Returns the samples of this search step, another part of the batch at every step."""
         count = max(1, batch // self.policy_draws)
         start = (self._read('num_searches') - 1) % (batch // count) * count
         return slice(start, start + count)
@@ -351,7 +342,7 @@ class DAFA(BaseModule):
     @torch.no_grad()
     def _half_errors(self, draws: Sequence[Draw], t_levels: Sequence[Tensor],
                      s_levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns ``L_aug`` of every draw, and the part of it at positions that a pair of draws fills from inside."""
+        """Returns ``L_aug`` of each draw, and its part at positions that both draws of a pair fill from inside."""
         rows = [draw.row for draw in draws]
         refined = apply_operations(t_levels, rows, draws[0].chance)
         errors = torch.cat([F.mse_loss(t, s.to(t.dtype).expand_as(t), reduction='none').mean((1, 2)).flatten(1)
@@ -363,17 +354,17 @@ class DAFA(BaseModule):
 
     def score_loss(self, draws: Sequence[Draw], scores: Sequence[float | Tensor] | Tensor,
                    magnitude_scores: Sequence[float | Tensor] | Tensor | None = None) -> Tensor:
-        """Returns a loss whose gradient raises the scores that are expected of the policy.
+        """Returns a loss whose gradient increases the policy's expected score.
 
-        Its value is the negative mean score. Scores that are not finite, as after an overflow, teach nothing.
+        Its value is the negative mean score. Scores that are not finite, as after an overflow, give no gradient.
 
         Args:
-            draws: From :meth:`sample`, all of a call.
-            scores: One number a draw, higher is better.
-            magnitude_scores: What the magnitudes learn from instead.
+            draws: All draws of one call of :meth:`sample`.
+            scores: One number per draw; higher is better.
+            magnitude_scores: Scores for the magnitudes, if they differ.
 
         Raises:
-            ValueError: There is not one score a draw, or the draws are no pairs of :meth:`sample`.
+            ValueError: The number of scores is not that of the draws, or the draws are not pairs of :meth:`sample`.
         """
         scores = self._scores(draws, scores)
         mean = scores.mean()
@@ -389,12 +380,12 @@ class DAFA(BaseModule):
         if not isinstance(scores, Tensor):
             scores = torch.stack([torch.as_tensor(score, device=self.alpha.device) for score in scores])
         if scores.shape != (len(draws), ) or len(draws) % 2 or len(draws) < 4:
-            raise ValueError(f'scores: must be one number for each of the draws of sample(), at least 2 pairs, '
+            raise ValueError(f'scores: expected one number for each draw of sample(), at least 2 pairs, '
                              f'got {tuple(scores.shape)} for {len(draws)} draws')
         return scores.detach().to(self.alpha)
 
     def _derivatives(self, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what each score counts in the gradients of (alpha, beta), (2 D, S + S K), and of m, (2 D, S K)."""
+        """Returns the factors of each score in the gradients of (alpha, beta), (2 D, S + S K), and of m, (2 D, S K)."""
         policy, count = self.policy(), len(draws)
         alpha = np.tile(-np.asarray(policy.probability), (count, 1))
         beta, magnitude = np.zeros((2, *alpha.shape, len(policy.magnitude[0])))
@@ -404,15 +395,15 @@ class DAFA(BaseModule):
             for k, (m, offset) in enumerate(zip(policy.magnitude[draw.index], draw.offset, strict=True)):
                 if offset:
                     magnitude[i, draw.index, k] = m * (1 - m) / offset
-        # A pair's score less the mean of the other pairs is count / (count - 2) times its score less the mean of all.
+        # A pair's score minus the mean of the other pairs is count / (count - 2) times its score minus the mean of all.
         selection = np.concatenate((alpha, beta.reshape(count, -1)), 1) / (count - 2)
         return selection, magnitude.reshape(count, -1) / count
 
-    # Reading it
+    # Logs
 
     def state(self) -> dict[str, float]:
-        """For logs: how undecided selection is (1: uniform, 0: certain), and of each operation the chance
-        that a batch gets it and its mean value, signed, over the sub-policies as they are selected."""
+        """Returns the entropy of the selection (1: uniform, 0: certain), and for each operation the probability that it
+        is applied to a batch and its mean signed value over the selected sub-policies, for logs."""
         policy = self.policy()
         entropy = -sum(p * math.log(p) for p in policy.probability if p > 0)
         state = {'entropy': entropy / math.log(max(2, len(policy.probability)))}
@@ -427,7 +418,7 @@ class DAFA(BaseModule):
         return state
 
     def summary(self) -> str:
-        """A table of the sub-policies, the likeliest first, with values in the operations' units."""
+        """Returns a table of the sub-policies by falling probability, with values in the operations' units."""
         policy, width = self.policy(), max(map(len, self.names))
         rows = [f'{"sub-policy":{width}}  selected  operations: applied, value']
         for s in sorted(range(len(self.names)), key=lambda s: -policy.probability[s]):
@@ -453,7 +444,7 @@ def _check_operations(names: Sequence[str]) -> list[str]:
         raise ValueError(f'dafa.operations: must be a list of one or more different names, got {names!r}')
     for name in names:
         if name not in OPERATIONS:
-            raise ValueError(f'dafa.operations: there is no {name!r}; {closest(name, OPERATIONS)}')
+            raise ValueError(f'dafa.operations: unknown operation {name!r}; {closest(name, OPERATIONS)}')
     return list(names)
 
 

@@ -1,18 +1,16 @@
-"""The nine feature operations of DAFA [0], for many sequences of operations at once.
+"""The nine feature operations of DAFA [0], for several sequences of operations at once.
 
 [0] Shen, Huang, Zhu, Fan, Zhang, *Student-Oriented Teacher Knowledge Refinement
 for Knowledge Distillation*, arXiv 2409.18785 (2024).
 
-Letters: R rows, N samples, C channels, H x W positions, P positions of all
-levels together. A *row* is a sequence of operations with their values. All
-samples and all levels of a row get the same operations. Values are shares of
-the map, so that one value fits every level of a pyramid.
+Letters: R rows, N samples, C channels, H x W positions, P positions of all levels together. A *row* is a sequence of
+operations with their values. All samples and all levels of a row get the same operations. Values are shares of the map,
+so that one value fits every level of a pyramid.
 
-Nothing here has a gradient: DAFA compares the losses of neighbouring values
-instead. So no operation needs a differentiable form, and training with
-``deterministic=True`` meets no backward pass of ``grid_sample``.
+Nothing here has a gradient, because DAFA compares the losses of neighbouring values instead. So operations need no
+differentiable form, and training with ``deterministic=True`` has no backward pass of ``grid_sample``.
 
-:data:`OPERATIONS` lists the operations by the paper's names.
+:data:`OPERATIONS` has the operations by the paper's names.
 """
 import functools
 import math
@@ -30,9 +28,9 @@ Row = Sequence[tuple[str, float]]  # names and values of operations, in order
 
 
 class Chance(NamedTuple):
-    """What is random about the operations of a batch."""
-    centre: tuple[float, float]  # of the cutout: (y, x), shares of the map, in [0, 1)
-    seed: int  # of noise and of the choice of channels
+    """The random values of the operations of a batch."""
+    centre: tuple[float, float]  # centre of the cutout, (y, x), shares of the map, in [0, 1)
+    seed: int  # seed of noise and of the choice of channels
 
     @classmethod
     def draw(cls, rng: random.Random) -> 'Chance':
@@ -43,13 +41,13 @@ class Chance(NamedTuple):
 class Operation:
     """One operation of the table.
 
-    The value of a symmetric operation lies in ``[-limit, limit]``, and that of
-    another one in ``[0, limit]``. The value 0 is the identity.
+    The value of a symmetric operation is in ``[-limit, limit]``, and that of other operations in ``[0, limit]``. The
+    value 0 is the identity.
 
     Args:
         limit: The largest value.
-        unit: Of the value.
-        matrix: The source of a position as 2 x 2 matrices, a linear part and a shift; see :func:`_warp`.
+        unit: Unit of the value.
+        matrix: The source of a position as 2 x 2 matrices, a linear part and a shift, see :func:`_sources`.
     """
     limit: float
     unit: str
@@ -61,7 +59,7 @@ class Operation:
         return self.matrix is not None
 
     def value(self, magnitude: float) -> float:
-        """Maps a magnitude in [0, 1] linearly to the range: 0.5 is the identity of a symmetric operation."""
+        """Maps a magnitude in [0, 1] linearly to the range. 0.5 is the identity of a symmetric operation."""
         return (2 * magnitude - 1 if self.symmetric else magnitude) * self.limit
 
 
@@ -73,27 +71,27 @@ def _rotation(degrees: float) -> tuple[list, list]:
 _NONE, _UNIT = [[0, 0], [0, 0]], [[1, 0], [0, 1]]
 
 OPERATIONS: dict[str, Operation] = {
-    # Moves each row right by so many cells for each cell below the middle.
+    # Moves each row to the right by the value for each cell below the middle.
     'ShearX': Operation(0.3, 'cells per cell', lambda v: ([[1, -v], [0, 1]], _NONE)),
-    # Moves each column down by so many cells for each cell right of the middle.
+    # Moves each column down by the value for each cell to the right of the middle.
     'ShearY': Operation(0.3, 'cells per cell', lambda v: ([[1, 0], [-v, 1]], _NONE)),
     'TranslateX': Operation(0.45, 'of the width', lambda v: (_UNIT, [[-v, 0], [0, 0]])),  # to the right
     'TranslateY': Operation(0.45, 'of the height', lambda v: (_UNIT, [[0, 0], [0, -v]])),  # down
     'Rotate': Operation(30., 'degrees', _rotation),  # counter-clockwise
-    # Zeroes a box of that share of the height and of the width, and at least one cell.
+    # Zeroes a box with this share of the height and of the width, at least one cell.
     'Cutout': Operation(0.2, 'of the side'),
-    # Adds Gaussian noise, in units of the standard deviation that the sample had before any operation.
+    # Adds Gaussian noise, in units of the sample's standard deviation before all operations.
     'Noise': Operation(0.1, 'standard deviations'),
-    # Permutes that share of the channels, chosen at random, in a cycle.
+    # Permutes a random choice of this share of the channels in a cycle.
     'ChannelShuffle': Operation(1., 'of the channels'),
-    # Zeroes that share of the channels, chosen at random.
+    # Zeroes a random choice of this share of the channels.
     'ChannelDrop': Operation(0.5, 'of the channels'),
 }
 
 
 @dataclass
 class _Segment:
-    """Operations of one row that are one pass: shuffle, warp, cut, add noise, drop, in this order."""
+    """Operations of one row in one pass: shuffle, warp, cut, add noise, drop, in this order."""
     matrix: np.ndarray = field(default_factory=lambda: np.eye(2))
     shift: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
     shuffle: float = 0.
@@ -102,17 +100,17 @@ class _Segment:
     drop: float = 0.
 
     def add(self, name: str, value: float) -> bool:
-        """Takes an operation that comes after the others, unless the order of the pass forbids it.
+        """Adds an operation after the others. Returns False if the order of the pass does not allow it.
 
-        Channel operations commute with what moves or cuts positions. A shuffle
-        commutes with noise and drop, whose channels are random.
+        Channel operations commute with operations that move or cut positions. A shuffle commutes with noise and drop,
+        whose channels are random.
         """
         operation = OPERATIONS[name]
         if operation.matrix is not None:
             if self.cutout or self.noise:
                 return False
             matrix, shift = (np.asarray(part, dtype=np.float64) for part in operation.matrix(value))
-            # The new operation looks up its source in the output of those before it.
+            # The source of the new operation is in the output of the operations before it.
             self.shift = self.matrix @ shift + self.shift
             self.matrix = self.matrix @ matrix
         elif name == 'Cutout':
@@ -146,14 +144,14 @@ def _segments(row: Row) -> list[_Segment]:
 @dataclass(frozen=True)
 class _Grid:
     """The positions of all levels, one after the other."""
-    basis: Tensor  # (P, 2, 4): factors of the four numbers that give a source's x and y
+    basis: Tensor  # (P, 2, 4): factors of the four numbers of a source's x and y
     centre: Tensor  # (P, 2): (y, x) in [0, 1]
     half: Tensor  # (P, 2): half a cell
-    limit: Tensor  # (P, 2): |(x, y)| of the outermost positions, the map is [-1, 1]
-    weight: Tensor  # (P,): of a position in the mean over levels of the means over positions
+    limit: Tensor  # (P, 2): |(x, y)| of the outermost positions; the map is [-1, 1]
+    weight: Tensor  # (P,): weight of a position in the mean over levels of the means over positions
 
 
-@functools.lru_cache(maxsize=16)  # image sizes vary, and come again
+@functools.lru_cache(maxsize=16)  # image sizes recur
 def _grid(sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> _Grid:
     parts = []
     for h, w in sizes:
@@ -168,7 +166,7 @@ def _grid(sizes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.
 
 
 def send(values: Sequence | np.ndarray, like: Tensor) -> Tensor:
-    """Returns values of the host on the device of ``like``, floats in its dtype, without waiting for the device."""
+    """Copies host values to the device of ``like``, floats in its dtype, without waiting for the device."""
     tensor = torch.as_tensor(np.asarray(values))
     if tensor.is_floating_point():
         tensor = tensor.to(like.dtype)
@@ -178,17 +176,16 @@ def send(values: Sequence | np.ndarray, like: Tensor) -> Tensor:
 
 
 def _sources(segments: Sequence[_Segment], grid: _Grid) -> Tensor:
-    """Returns where each position comes from: (R, P, 2), as (x, y), the map is [-1, 1].
+    """Returns the source of each position, (R, P, 2), as (x, y); the map is [-1, 1].
 
-    The linear part A is in cells, so that angles are true on maps that are not
-    square, and the shift T in shares of the map. With r = H / W, and u, v in
-    shares of the map from its middle::
+    The linear part A is in cells, so that angles are correct on maps that are not square. The shift T is in shares of
+    the map. With r = H / W, and u, v in shares of the map from its middle::
 
         x = A00 u + A01 r v + T00 + T01 r
         y = A10 u / r + A11 v + T10 / r + T11
 
-    Both are closed under composition: ``A1 A2`` and ``A1 T2 + T1``. Products and
-    sums are elementwise, as a matrix product would run in half or TF32 precision.
+    Both are closed under composition: ``A1 A2`` and ``A1 T2 + T1``. Products and sums are elementwise, because a matrix
+    product could run in half or TF32 precision.
     """
     theta = np.stack([np.concatenate((segment.matrix, segment.shift), 1) for segment in segments])  # (R, 2, 4)
     return (grid.basis * send(theta, grid.basis)[:, None]).sum(-1)
@@ -199,7 +196,7 @@ def _sizes(levels: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 
 def _channels(count: int, share: float, order: np.ndarray, threshold: float) -> np.ndarray:
-    """Returns ``share`` of the channels, rounded up or down at random, so that the share is right on average."""
+    """Returns ``share`` of the channels, rounded up or down at random, so that the mean share is exact."""
     return order[:int(share * count + threshold)]
 
 
@@ -219,25 +216,24 @@ def _channel_tables(segments: Sequence[_Segment], count: int, seed: int) -> tupl
 def apply_operations(levels: Sequence[Tensor], rows: Sequence[Row], chance: Chance) -> list[Tensor]:
     """Applies every row to all levels.
 
-    Affine operations that follow each other are one resampling, bilinear and
-    zero outside the map. A cell is cut if its middle lies in the box, and the
-    cell under the box's centre always is.
+    Consecutive affine operations are one resampling, bilinear and zero outside the map. A cell is cut if its middle is
+    in the box. The cell at the box's centre is always cut.
 
     Args:
-        levels: Floating maps ``(N, C, H, W)``; channels and sizes may differ.
+        levels: Floating-point maps ``(N, C, H, W)``; channels and sizes may differ.
         rows: Names and values of operations, such as ``[[('Rotate', 5.), ('Cutout', 0.1)], []]``.
-        chance: What is random, the same for all rows.
+        chance: Random values, the same for all rows.
 
     Returns:
-        For each level a new map or a view of it, ``(R, N, C, H, W)``, float32 at least.
+        For each level, a new map or a view of it, ``(R, N, C, H, W)``, at least float32.
 
     Raises:
-        ValueError: A level is not a floating map.
+        ValueError: A level is not a floating-point map.
     """
     for x in levels:
         if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f'a feature must be floating and of shape (N, C, H, W), '
-                             f'but got {x.dtype} of shape {tuple(x.shape)}')
+            raise ValueError(f'features: expected floating-point tensors of shape (N, C, H, W), '
+                             f'got {x.dtype} of shape {tuple(x.shape)}')
     wide = functools.reduce(torch.promote_types, (x.dtype for x in levels), torch.float32)
     levels = [x.detach().to(wide) for x in levels]
     split = [_segments(row) for row in rows]
@@ -260,7 +256,7 @@ def _one_pass(levels: list[Tensor], segments: Sequence[_Segment], chance: Chance
         (each.warps, each.cutout, each.noise, each.shuffle, each.drop) for each in segments), strict=True))
     if warps:
         sources = _sources(segments, grid).split(areas, 1)
-    if cuts:  # a box of half an extent about its centre; far outside, where a row has none
+    if cuts:  # centre and half extent of a box; far outside if a row has none
         boxes = send([[*(chance.centre if each.cutout else (9., 9.)), each.cutout / 2] for each in segments],
                      grid.centre)[:, None]
         cut = (grid.centre - boxes[..., :2]).abs() <= torch.maximum(boxes[..., 2:], grid.half)  # (R, P, 2)
@@ -297,13 +293,13 @@ def _one_pass(levels: list[Tensor], segments: Sequence[_Segment], chance: Chance
 
 
 def inside(levels: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """Returns which positions of all levels, (R, P), a row fills from the map alone, without its zeros outside."""
+    """Returns which positions of all levels, (R, P), a row fills only from inside the map, without zeros outside."""
     grid = _grid(_sizes(levels), torch.float32, levels[0].device)
     affine = [_segments([step for step in row if OPERATIONS[step[0]].symmetric])[0] for row in rows]
     return (_sources(affine, grid).abs() <= grid.limit + 1e-4).all(-1)
 
 
 def position_weights(levels: Sequence[Tensor]) -> Tensor:
-    """Returns the weights, (P,), that make a sum over positions the mean over levels of their means."""
+    """Returns weights, (P,), with which a sum over positions is the mean over levels of the means over positions."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in levels), torch.float32)
     return _grid(_sizes(levels), dtype, levels[0].device).weight

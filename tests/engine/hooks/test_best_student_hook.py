@@ -143,7 +143,7 @@ def test_a_validation_by_itself_writes_nothing(train, tmp_path):
 @pytest.mark.parametrize('hook, fields, message', [
     (dict(rule='more'), {}, "rule must be 'greater', 'less' or None, got 'more'"),
     (dict(save_best=3), {}, 'save_best must be the name of one metric, got 3'),
-    (dict(save_best='mAP'), {}, "the evaluator returns no 'mAP', but accuracy/top1, of no interest"),
+    (dict(save_best='mAP'), {}, "the evaluator does not return 'mAP', expected one of accuracy/top1, of no interest"),
     ({}, dict(val_dataloader=None, val_cfg=None, val_evaluator=None), 'val_dataloader is None'),
 ])
 def test_what_is_wrong_is_said(train, hook, fields, message):
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said(train, hook, fields, message):
 def test_an_unknown_metric_is_warned_of_and_stops_nothing(train, tmp_path, caplog):
     runner = train([0.3, 0.5], name='odd', default_hooks={})
     log = Path(runner.log_dir, f'{runner.timestamp}.log').read_text()
-    assert "nothing in the name of 'odd' says whether more is better" in log
+    assert "cannot infer from the name 'odd' whether larger is better" in log
     assert not list(tmp_path.rglob('student_best.pth'))
 
 

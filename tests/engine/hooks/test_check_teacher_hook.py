@@ -86,7 +86,7 @@ def test_a_teacher_of_the_wrong_normalisation_is_found(train, teacher):
     fields, labels = teacher
     wrong = dict(fields, teacher=classifier(16))  # the student's
     log = train(wrong, labels, [dict(CHECK, expected={'accuracy/top1': 100.0})]).log
-    assert 'WARNING' in log and 'not the 100 expected. Is it the right checkpoint' in log
+    assert 'WARNING' in log and 'not the 100 expected. Check that' in log
 
 
 def test_a_teacher_that_is_no_better_is_told_once(train, teacher):

@@ -33,6 +33,6 @@ def test_learns_the_same_from_compiled_parts(train, model, policy, parts):  # no
 
 
 def test_a_plain_model_has_no_student(train):  # noqa: F811
-    with pytest.raises(ValueError, match='RetinaNet has no student; for a plain model set compile=True'):
+    with pytest.raises(ValueError, match='RetinaNet has no student. For a plain model, set compile=True'):
         train('a', epochs=1, model=retinanet(8), policy={}, hooks=[
             dict(type='mmkd_plugin.CompileStudentHook', backend='eager')])

@@ -69,7 +69,7 @@ def dafa_of(runner):
 def test_freezes_logs_and_shows(train):
     runner = train('a', epochs=3, hooks=[dict(search_epochs=2)])
     assert dafa_of(runner).frozen and dafa_of(runner).num_draws == 6
-    assert runner.log.count('The search of policy is over after 4 iterations') == 1
+    assert runner.log.count('The search of policy ended after 4 iterations') == 1
     assert runner.log.count('policy after 2 iterations') == 1 and runner.log.count('policy after 4 iterations') == 1
     assert 'policy after 6' not in runner.log and runner.log.count('sub-policy') == 3
     scalars = [json.loads(line) for line in (Path(runner.log_dir) / 'vis_data/scalars.json').read_text().splitlines()]
@@ -79,21 +79,21 @@ def test_freezes_logs_and_shows(train):
 
 def test_begins_later(train):
     runner = train('a', epochs=3, hooks=[dict(search_epochs=1, begin=1)])
-    assert 'The search of policy begins with epoch 1, counted from 0; until then' in runner.log
-    assert 'The search of policy begins after 2 iterations' in runner.log
-    assert 'The search of policy is over after 4 iterations' in runner.log
+    assert 'The search of policy starts at epoch 1, counted from 0. Until then' in runner.log
+    assert 'The search of policy starts after 2 iterations' in runner.log
+    assert 'The search of policy ended after 4 iterations' in runner.log
     assert runner.log.count('policy after 4 iterations') == 1 and 'policy after 2 iterations' not in runner.log
     assert dafa_of(runner).num_draws == 4 and dafa_of(runner).num_searches == 2 and dafa_of(runner).frozen
 
 
 def test_by_iterations(train):
     runner = train('a', hooks=[dict(search_iters=3)])
-    assert 'The search of policy is over after 3 iterations' in runner.log
+    assert 'The search of policy ended after 3 iterations' in runner.log
     runner = train('b', hooks=[dict(search_iters=0)])
-    assert 'The search of policy is over after 0 iterations' in runner.log
+    assert 'The search of policy ended after 0 iterations' in runner.log
     assert (dafa_of(runner).alpha == dafa_of(runner).alpha[0]).all()
     runner = train('c', hooks=[dict(search_iters=3)], loop=dict(by_epoch=False, max_iters=4))
-    assert 'The search of policy is over after 3 iterations' in runner.log and 'policy after 2 it' in runner.log
+    assert 'The search of policy ended after 3 iterations' in runner.log and 'policy after 2 it' in runner.log
 
 
 @pytest.mark.parametrize('search_epochs, begin', [(3, 0), (1, 0), (1, 2)])
@@ -109,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, search_epochs, begin):
     assert float(states[0][0]['step']) == 2 * search_epochs
     for index, state in states[1].items():
         assert all(torch.equal(value, states[0][index][key]) for key, value in state.items())
-    assert parts.log.count('The search of policy is over') == (search_epochs + begin == 3)
+    assert parts.log.count('The search of policy ended') == (search_epochs + begin == 3)
     assert dafa_of(parts).num_searches == 2 * search_epochs
 
 

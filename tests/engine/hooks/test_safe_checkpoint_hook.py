@@ -77,20 +77,20 @@ def test_a_torn_checkpoint_is_passed_over_and_that_is_said(tmp_path):
         said = resume_from(cfg)
         assert cfg.load_from == str(work_dir / 'epoch_2.pth')
         assert len(said) == 2 and 'epoch_3.pth' in said[0] and f'({len(torn)} bytes)' in said[0]
-        assert 'epoch_2.pth is whole' in said[1]
+        assert 'epoch_2.pth is complete' in said[1]
     (work_dir / 'epoch_3.pth').unlink()
-    assert 'epoch_3.pth is not there' in resume_from(config(tmp_path))[0]
+    assert 'epoch_3.pth is missing' in resume_from(config(tmp_path))[0]
     for name in ('epoch_1.pth', 'epoch_2.pth'):
         (work_dir / name).write_bytes(b'PK')
-    with pytest.raises(ValueError, match='no whole checkpoint is left'):
+    with pytest.raises(ValueError, match='no complete checkpoint is left'):
         resume_from(config(tmp_path))
-    with pytest.raises(ValueError, match=r'epoch_1.pth.* is damaged or cut off \(2 bytes\)'):
+    with pytest.raises(ValueError, match=r'epoch_1.pth.* is damaged or incomplete \(2 bytes\)'):
         resume_from(Config(dict(config(tmp_path), load_from=str(work_dir / 'epoch_1.pth'))))
 
 
 def test_order_seed_and_no_checkpoint_at_all(tmp_path):
     cfg = config(tmp_path)
-    assert 'the run begins' in resume_from(cfg)[0] and not cfg.get('load_from')
+    assert 'training starts' in resume_from(cfg)[0] and not cfg.get('load_from')
     runner = train(config(tmp_path, epochs=2))
     assert [path.name for path in checkpoints_in(tmp_path / 'run')] == ['epoch_2.pth', 'epoch_1.pth']
     for randomness in (dict(seed=None), dict(deterministic=False), None):

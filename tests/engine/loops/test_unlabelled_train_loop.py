@@ -251,11 +251,11 @@ def in_the_loss_only():
 
 
 @pytest.mark.parametrize('model, options, message', [
-    (distillation(), dict(unlabelled_dataloader=loader(3, drop_last=True, batch_size=4)), 'has no batch: 3 images'),
-    (distillation(), dict(mutator_dataloader=loader(2)), 'mutator_dataloader: a policy is not searched'),
+    (distillation(), dict(unlabelled_dataloader=loader(3, drop_last=True, batch_size=4)), 'has no batch, got 3 images'),
+    (distillation(), dict(mutator_dataloader=loader(2)), 'mutator_dataloader: a separate split for the policy search'),
     (retinanet(), dict(), 'got a RetinaNet, expected a TeacherStudentDistill'),
     (distillation(distiller=dict(type='ConfigurableDistiller')), dict(), 'no distillation loss .* got no loss'),
-    (distillation(classifier, in_the_loss_only()), dict(), "loss_l1 .*in the teacher's loss only"),
+    (distillation(classifier, in_the_loss_only()), dict(), "loss_l1 .*records of the teacher's loss"),
 ])
 def test_what_teaches_nothing_is_refused_before_the_first_step(make, model, options, message):
     for kind, length in ((EPOCHS, 'max_epochs'), (ITERATIONS, 'max_iters')):

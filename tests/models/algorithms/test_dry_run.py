@@ -32,7 +32,7 @@ def kd(**recorder):
 ])
 def test_of_what_only_the_loss_shows_nothing_is_promised(build, warnings, recorder):
     build(distill(classifier(8), classifier(8, num_classes=5), kd(**recorder)), 'mmpretrain')
-    assert warnings == [LOSS + 'only training shows whether these compare classes: loss_kd.']
+    assert warnings == [LOSS + 'these losses may compare classes, which only training shows: loss_kd.']
 
 
 def test_features_alone_are_said_to_be_features_alone(build, warnings):

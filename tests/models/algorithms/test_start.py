@@ -70,7 +70,7 @@ def test_what_is_only_tested_is_what_was_loaded(build, tmp_path):
 def test_a_student_for_other_classes_is_shown_to_load_from(build, tmp_path):
     other = build(classifier(8, num_classes=7), 'mmpretrain', seed=9)
     torch.save(other.state_dict(), tmp_path / 'x.pth')
-    with pytest.raises(ValueError, match='(?s)^student_ckpt: .*head.fc.*other classes, give the file as load_from'):
+    with pytest.raises(ValueError, match='(?s)^student_ckpt: .*head.fc.*other classes, set load_from to the file'):
         build(distil(student_ckpt=str(tmp_path / 'x.pth')), 'mmpretrain')
     with pytest.raises(ValueError, match='^student_ckpt: cannot load .*none.pth') as error:
         build(distil(student_ckpt='none.pth'), 'mmpretrain')
@@ -86,7 +86,7 @@ def test_a_grey_and_a_colour_network_are_refused(build, grey):
     one['backbone']['in_channels'] = 1
     one['data_preprocessor'] = dict(type='mmpretrain.ClsDataPreprocessor', mean=[33.3], std=[78.6])
     pair = dict(teacher=one) if grey == 'teacher' else dict(architecture=one)
-    with pytest.raises(ValueError, match='^teacher: takes images of other channels.*got {}, expected {}. Take'.format(
+    with pytest.raises(ValueError, match='^teacher: the number of image channels.*got {}, expected {}. Use'.format(
             *((1, 3) if grey == 'teacher' else (3, 1)))):
         build(distil(**pair), 'mmpretrain')
     build(distil(architecture=one, teacher=one), 'mmpretrain')
@@ -106,7 +106,7 @@ def test_a_layer_of_the_other_network(build):
     mobile['backbone'] = dict(type='mmpretrain.MobileNetV2', widen_factor=0.25)
     mobile['head']['in_channels'] = 1280
     pair = ('backbone.layer3.1.conv2', 'backbone.layer3.0.conv.0.conv')
-    student = "This is the student; the teacher, ImageClassifier, has it: of a pair"
+    student = "This is the student. The teacher, ImageClassifier, has it. In a pair"
     for layers, distiller in (([pair], 'mmkd_plugin.AMDDistiller'), ([pair[::-1]], 'mmkd_plugin.AMDDistiller')):
         swapped = layers == [pair]
         model = distil(inherit=[], distiller=dict(type=distiller, layers=layers),

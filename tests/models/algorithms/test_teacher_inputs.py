@@ -128,12 +128,12 @@ def test_a_teacher_of_fixed_input_beside_a_student_of_another_size(build):
 def test_what_runs_in_the_loss_only_has_no_resolution_of_its_own(build):
     recorder = dict(x=dict(type='MethodOutputs', source='mmdet.models.necks.FPN.forward'))
     distiller = dict(MSE, student_recorders=recorder, teacher_recorders=recorder)
-    with pytest.raises(ValueError, match='teacher_input_size: what is recorded runs in .* RetinaNet'):
+    with pytest.raises(ValueError, match='teacher_input_size: the recorded layers run only in .* RetinaNet'):
         build(distill(retinanet(8), retinanet(8), distiller, teacher_input_size=64))
 
 
 def test_a_preprocessor_without_images_takes_no_size():
-    with pytest.raises(ValueError, match='teacher_input_size: the teacher has no preprocessor of images'):
+    with pytest.raises(ValueError, match='teacher_input_size: the teacher has no preprocessor for images'):
         TeacherInputs.between(torch.nn.Identity(), torch.nn.Identity(), (64, 64))
 
 

@@ -247,7 +247,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_a_list(build, teacher_file,
     (dict(teacher_precision='half'), "teacher_precision: unknown precision, got 'half', expected one of auto, float32"),
     (dict(teacher_input_size=100), r'teacher_input_size: not a multiple.*\(100, 100\).*Give \(128, 128\)'),
     (dict(teacher=grey_classifier(), architecture=classifier(8), distiller=dict(
-        AMD, layers=['backbone.layer3'])), 'teacher: takes images of other channels.*got 1, expected 3'),
+        AMD, layers=['backbone.layer3'])), 'teacher: the number of image channels differs.*got 1, expected 3'),
     (dict(teacher=retinanet(16, levels=3)), '4 feature maps.*3'),
     (dict(distiller=dict(AMD, amd=dict(margin=-1))), 'margin.*-1'),
     (dict(loss_schedules={'loss_amd_nekc*': dict(end=5)}), "no distillation loss.*loss_amd_neck_0"),
@@ -329,7 +329,7 @@ def test_load_from_takes_a_plain_student_or_refuses(build):
     model = build(distill())
     load_state_dict(model, start)
     assert all(torch.equal(value, start[key]) for key, value in model.student.state_dict().items())
-    with pytest.raises(ValueError, match='load_from: no weight of the student'):
+    with pytest.raises(ValueError, match='load_from: the checkpoint has no weight of the student'):
         load_state_dict(model, {'encoder.weight': torch.zeros(1)})
 
 
@@ -410,5 +410,5 @@ def test_what_needs_the_task_is_refused_without_it(build):
             type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(objective='agreement'))))
     model = build(distill(calculate_student_loss=False))
     model.distillation_stopped = True
-    with pytest.raises(ValueError, match='^calculate_student_loss: False leaves nothing'):
+    with pytest.raises(ValueError, match='^calculate_student_loss: False leaves no loss'):
         losses_of(model, detection_batch())

@@ -601,7 +601,7 @@ def test_without_anchor_the_heatmap_collapses_with_one_it_does_not():
     (dict(area_reduction='maps'), r"DAM\.area_reduction.*'area', 'map'.*'maps'.*map"),
     (dict(in_channels=0), r'DAM\.in_channels.*>= 1, got 0'),
     (dict(adapter=dict(signed=False)), r'DAM\.adapter.*without in_channels.*signed'),
-    (dict(in_channels=4, adapter=dict(sined=False)), r"DAM\.adapter.*takes signed, got 'sined'"),
+    (dict(in_channels=4, adapter=dict(sined=False)), r"DAM\.adapter.*expected signed, got 'sined'"),
     (dict(in_channels=4, adapter=dict(signed='no')), r"ConvAdapter\.signed.*got 'no'"),
     (dict(in_channels=4, adapter=[]), r'DAM\.adapter must be a dict'),
 ])
@@ -614,7 +614,7 @@ def test_bad_inputs():
     dam, t = DAM(8, anchor='boxes'), pyramid()
     with pytest.raises(ValueError, match=r'needs gt_boxes of 2 images and image_shape.*got None and None'):
         dam(t, t)
-    with pytest.raises(ValueError, match=r'needs gt_boxes of 2 images.*those of 1 images'):
+    with pytest.raises(ValueError, match=r'needs gt_boxes of 2 images.*boxes of 1 images'):
         dam(t, t, gt_boxes=GT[:1], image_shape=SHAPE)
     with pytest.raises(ValueError, match=r's_features as a list .*got \(2, 8, 12, 16\)'):
         dam(t[0], t)

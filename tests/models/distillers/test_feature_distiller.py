@@ -259,10 +259,10 @@ def test_fitnets_connector_by_hand():
 @pytest.mark.parametrize('config, message', [
     (neck('fitent'), "base: no preset 'fitent'; the closest are: fitnet"),
     (neck(['pkd', 'pkt'], 16), r"base\[1\]: no preset 'pkt'"),
-    (neck(['pkd', 'pkd'], 16), "base: two have the name 'pkd'"),
+    (neck(['pkd', 'pkd'], 16), "base: two bases are named 'pkd'"),
     (neck(['pkd', 'at'], 16, loss_weight=3.0), 'loss_weight: expected a number for each base, 2 in all, got 3.0'),
     (neck('pkd', 16, loss_weight=-1), 'loss_weight.*-1'),
-    (neck('crosskd', 16, loss_weight='auto'), "loss_weight: 'auto' measures at layers"),
+    (neck('crosskd', 16, loss_weight='auto'), "loss_weight: 'auto' measures gradients at layers"),
     (neck('pkd', 16, loss_weight='auto', auto_ratio=0), 'auto_ratio.*0'),
     (neck(dict(preset='pkd', conector=None), 16), "base: no field 'conector'; the closest are: connector"),
     (neck(dict(connector=FITNET_CONNECTOR)), 'base.loss: expected the config of a loss, got None'),
@@ -270,12 +270,12 @@ def test_fitnets_connector_by_hand():
     (neck(dict(preset='fitnet', share='levels')), "base.share: expected 'map', 'layer' or 'all', got 'levels'"),
     (neck(dict(preset='pkd', inputs=dict(preds_S='students', preds_T='teacher'))), 'base.inputs: expected'),
     (neck('pkd'), r"base: 'pkd' compares channel with channel, .* \[16, 16, 16, 16\] channels in .* and \[24"),
-    (neck('fitnet', layers=['backbone']), 'layers: .*share one connector.*Name the stages as layers of their own'),
+    (neck('fitnet', layers=['backbone']), 'layers: .*share one connector.*Give the stages as separate layers'),
     (neck('fitnet', layers=['nekc']), "layers.nekc: RetinaNet has no 'nekc'; the closest are: neck"),
     (neck('fitnet', layers=[]), 'layers: the list is empty'),
-    (neck('fitnet', layers=['neck', 'neck']), "layers: 'neck' is there twice"),
+    (neck('fitnet', layers=['neck', 'neck']), "layers: 'neck' is given twice"),
     (neck('fitnet', layers=['bbox_head.loss_cls']), "layers: 'bbox_head.loss_cls' of the student does not run"),
-    (neck('fitnet', connectors=dict(fitnet_connector_neck=dict(type='CRDConnector'))), 'connectors: .*Rename yours'),
+    (neck('fitnet', connectors=dict(fitnet_connector_neck=dict(type='CRDConnector'))), 'connectors: .*Rename your'),
 ])
 def test_mistakes_are_found_at_build_time(build, config, message):
     with pytest.raises(ValueError, match=f'(?s){message}'):

@@ -331,15 +331,15 @@ def test_a_second_batch_without_a_policy_is_refused(build):
 def test_deliveries_do_not_go_with_a_second_batch(build):
     delivery = dict(type='MethodOutputs', max_keep_data=10, method_path='mmdet.models.RetinaHead.get_targets')
     model = build(detect(dict(NECK, distill_deliveries=dict(targets=delivery))))
-    with pytest.raises(ValueError, match='distill_deliveries hand on'):
+    with pytest.raises(ValueError, match='distill_deliveries belong to the first'):
         model.train_step((detection_batch(), detection_batch()), build_optim_wrapper(model, OPTIM))
 
 
 @pytest.mark.parametrize('config, message', [
     (classify(dict(STAGE, dam=dict())), "dam.anchor: 'boxes'.*ImageClassifier.*attention"),
-    (detect(dict(NECK, dam=dict(channels=99))), 'dam.channels: the features have it'),
+    (detect(dict(NECK, dam=dict(channels=99))), 'dam.channels: is set from the features'),
     (detect(dict(NECK, base='pkd', dam=dict(adapter='base')), 16), "dam.adapter: 'base' shares"),
-    (detect(dict(NECK, layers=['backbone'])), 'Name the stages as layers of their own'),
+    (detect(dict(NECK, layers=['backbone'])), 'Give the stages as separate layers'),
     (detect(dict(NECK, dafa=dict(sub_policy_size=20))), 'sub_policy_size'),
     (detect(dict(NECK, dafa=3)), 'dafa must be a dict, got 3'),
     (detect(dict(NECK, dam=dict(anchor='bboxes'))), 'anchor.*boxes'),

@@ -390,7 +390,7 @@ def test_wrong_features_and_scores_are_refused():
         dafa.policy_loss([x], [x[:1]])
     draws = dafa.sample(2)
     for wrong_draws, scores in ((draws, [1., 2.]), (draws[:2], [1., 2.]), (draws[:3], [1.] * 3)):
-        with pytest.raises(ValueError, match='one number for each of the draws'):
+        with pytest.raises(ValueError, match='one number for each draw'):
             dafa.score_loss(wrong_draws, scores)
 
 

@@ -156,7 +156,7 @@ def test_result_depends_on_the_chance_alone(name):
 
 @pytest.mark.parametrize('bad', [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int64)])
 def test_what_is_no_feature_map_is_refused(bad):
-    with pytest.raises(ValueError, match='floating and of shape'):
+    with pytest.raises(ValueError, match='floating-point tensors of shape'):
         apply(bad, ('Rotate', 5.))
 
 
