@@ -1,7 +1,7 @@
 # Training from scratch on a small data set. For another length, override max_epochs alone.
 _base_ = 'mmdet::_base_/default_runtime.py'
 
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=7, val_interval=100)  # validates after the last epoch
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=5, val_interval=100)  # validates after the last epoch
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 

@@ -4,5 +4,5 @@ _base_ = './retinanet_r18-c32_digits.py'
 model = dict(
     backbone=dict(base_channels=16),
     neck=dict(in_channels=[16, 32, 64, 128]))
-train_cfg = dict(max_epochs=24)
+train_cfg = dict(max_epochs=12)
 train_dataloader = dict(dataset=dict(indices=300))

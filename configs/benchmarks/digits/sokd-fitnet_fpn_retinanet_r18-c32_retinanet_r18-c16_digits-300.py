@@ -6,6 +6,6 @@ optim_wrapper = dict(
     constructor='mmkd_plugin.PolicyOptimWrapperConstructor',
     policy=dict(type='Adam', lr=1e-2, betas=(0.5, 0.999)))
 custom_hooks = [
-    dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=6),
+    dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=3),
     dict(type='mmkd_plugin.DistillVisualizationHook', interval=76),
 ]
