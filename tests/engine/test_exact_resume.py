@@ -1,4 +1,5 @@
 """Real kills: a run that is killed and resumed, again and again, ends with the weights of the run that was not."""
+import multiprocessing
 import os
 import random
 import runpy
@@ -15,6 +16,9 @@ from mmkd_plugin.datasets.digits import make_digits
 
 ROOT = Path(__file__).parents[2]
 KILLS = 4  # of each run
+# A run starts as a fork of a process that has only imported the libraries: one with threads cannot be forked safely.
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(['mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmkd_plugin.models'])
 
 # Everything that can be random: order, transforms in persistent workers, anchors in the main process, the policy.
 CONFIG = '''
@@ -69,23 +73,20 @@ def data(tmp_path_factory):
 
 
 def start(*arguments, log):
-    """Runs tools/train.py in a process that has imported everything; leads its data workers."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.setsid()
-        with log.open('a') as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv = ['tools/train.py', *map(str, arguments)]
-        torch.manual_seed(time.time_ns() % 2**31)
-        runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    """Runs tools/train.py in a process of its own, which leads its data workers."""
+    process = PROCESSES.Process(target=run, args=([*map(str, arguments)], log))
+    process.start()
+    return process
+
+
+def run(arguments, log):
+    os.setsid()
+    with log.open('a') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ['tools/train.py', *arguments]
+    torch.manual_seed(time.time_ns() % 2**31)
+    runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
 
 
 @pytest.mark.slow
@@ -106,15 +107,16 @@ def test_killed_again_and_again(name, data, tmp_path):
             finish(child, log)
             finished = True
             continue
-        while pointer(work_dir) == noted and not os.waitpid(child, os.WNOHANG)[0]:
+        while pointer(work_dir) == noted and child.is_alive():
             time.sleep(0.02)  # every life gets as far as a checkpoint, and not much further
         time.sleep(random.uniform(0, seconds / 8))
         if pointer(work_dir) == pointer(tmp_path / 'whole').replace('whole', 'killed'):
             finish(child, log)  # too far to be killed again: once more
             shutil.rmtree(work_dir)
         else:
-            os.killpg(child, signal.SIGKILL)
-            assert os.waitpid(child, 0)[1] == signal.SIGKILL, log.read_text()[-3000:]
+            os.killpg(child.pid, signal.SIGKILL)
+            child.join()
+            assert child.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
             kills += 1
     killed = latest(work_dir)
     for key in ('state_dict', 'optimizer', 'ema_state_dict', 'param_schedulers'):
@@ -123,7 +125,8 @@ def test_killed_again_and_again(name, data, tmp_path):
 
 
 def finish(child, log):
-    assert os.waitpid(child, 0)[1] == 0, log.read_text()[-3000:]
+    child.join()
+    assert child.exitcode == 0, log.read_text()[-3000:]
 
 
 def pointer(work_dir):
