@@ -92,9 +92,7 @@ def roi_features(extractor: SingleRoIExtractor, features: tuple[Tensor, ...], bo
     """Returns the extractor's features of ``boxes`` (N, P, 4), as (N * P, channels, height, width).
 
     Each level processes all boxes. Those of other levels are shrunk to a point, where the adaptive RoIAlign
-    (``sampling_ratio`` of 0) does not sample. For 200 boxes on four levels of 64 channels, one thread takes 22 ms. It
-    takes 18 ms if each level processes only its own boxes, which needs shapes that depend on the data, and 168 ms if
-    all boxes keep their size.
+    (``sampling_ratio`` of 0) does not sample. If each level selected its own boxes, shapes would depend on the data.
 
     The operator is torchvision's, which gives the same results as mmcv's. mmcv's own symbolic shifts the boxes, and
     ``RoiAlign`` of opset 16 and later would shift them again.

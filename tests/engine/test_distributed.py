@@ -171,6 +171,7 @@ def work(rank, port):
 
 
 def test_search_frozen_stopped_and_equal_to_one_process_under_ddp():
+    """The assertions are in the processes; ``spawn`` raises what one of them raises."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

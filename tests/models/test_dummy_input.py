@@ -43,8 +43,9 @@ def test_channels(build):
 
 
 def test_a_yolox_pair_builds(build):
-    build(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=yolox(), teacher=yolox(),
-               allow_random_teacher=True, distiller=dict(AMD, layers=['neck'])))
+    model = build(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=yolox(), teacher=yolox(),
+                       allow_random_teacher=True, distiller=dict(AMD, layers=['neck'])))
+    assert len(model.distiller.distill_losses) == 3  # one for each level
 
 
 def sizes(student, teacher, **options):
@@ -75,8 +76,9 @@ def test_networks_of_fixed_input_are_tried_at_theirs(build, monkeypatch):
 
 
 def test_a_teacher_of_fixed_input_builds(build):
-    build(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=swin_v2(), teacher=swin_v2(),
-               allow_random_teacher=True, distiller=dict(AMD, layers=['backbone'])), 'mmpretrain')
+    model = build(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=swin_v2(), teacher=swin_v2(),
+                       allow_random_teacher=True, distiller=dict(AMD, layers=['backbone'])), 'mmpretrain')
+    assert len(model.distiller.distill_losses) == 1
 
 
 @pytest.mark.parametrize('size', [0, (3, ), (3, 4.), 'large', True, (5, -1)])

@@ -79,6 +79,8 @@ def test_a_deterministic_run_takes_our_backward_passes(build):
         sum(value for name, value in losses.items() if name.startswith('distill')).backward()
     finally:
         torch.use_deterministic_algorithms(False)
+    gradients = [p.grad for p in model.student.neck.parameters() if p.grad is not None]
+    assert gradients and all(x.isfinite().all() for x in gradients) and any(x.any() for x in gradients)
 
 
 @pytest.mark.gpu
@@ -141,4 +143,5 @@ def test_on_a_gpu_they_are_joined_wherever_they_are(build):
     from mmkd_plugin.models.algorithms import TeacherStudentDistill
     for devices in (('cpu', 'cuda'), ('cuda', 'cpu'), ('cuda', 'cuda')):
         student, teacher = (build(classifier(8), 'mmpretrain').to(device) for device in devices)
-        TeacherStudentDistill(student, teacher, dict(AMD, layers=['backbone.layer3'])).cuda()
+        model = TeacherStudentDistill(student, teacher, dict(AMD, layers=['backbone.layer3'])).cuda()
+        assert all(p.is_cuda for network in (model, model.teacher) for p in network.parameters())
