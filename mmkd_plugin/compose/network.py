@@ -96,21 +96,23 @@ class Network:
         self.is_student = student is None
         self.calls: Counter[str] = Counter()  # how often each module ran
         self.layers: dict[str, Layer] = {}  # by module, in the order of their last calls
-        self.image = self._look_at_some_size(student)
+        self.images = [student.image] if student else image_sides(self.cfg, self.is_detector)  # from the first that runs
+        self.image = self._look_at_some_size()
+        self.images = self.images[self.images.index(self.image):]
 
-    def _look_at_some_size(self, student: 'Network | None') -> int:
-        """Returns an image side at which the network runs."""
-        sides = [student.image] if student else image_sides(self.cfg, self.is_detector)
+    def _look_at_some_size(self) -> int:
+        """Returns the first image side at which the network runs."""
+        sides = self.images
         for side in sides:
             try:
                 self._look(side)
                 return side
             except Exception as error:  # of any model
                 failure = error
-        whose = "the student's images" if student else 'random images'
+        whose = 'random images' if self.is_student else "the student's images"
         with answering(f'{self.field}: {self.name!r} does not run on {whose} of '
                        f'{" or ".join(f"{side} x {side}" for side in sides)}',
-                       '. Use images of the size that it was built for' if student else ''):
+                       '' if self.is_student else '. Use images of the size that it was built for'):
             raise failure
 
     def _look(self, side: int) -> None:

@@ -40,7 +40,8 @@ def try_one_step(cfg: Config, student: Network, teacher: Network, random_teacher
 
     Args:
         cfg: the composed config.
-        student, teacher: the networks of the config. The step uses the model of ``teacher``.
+        student, teacher: the networks of the config. The step uses a copy of the model of ``teacher``, and the first
+            of the student's image sides at which it succeeds.
         random_teacher: whether the teacher has random weights.
 
     Raises:
@@ -57,11 +58,16 @@ def try_one_step(cfg: Config, student: Network, teacher: Network, random_teacher
     (cfg.model.architecture.get('data_preprocessor') or {}).pop('batch_augments', None)  # would change sizes
     hub = MessageHub.get_instance('compose_config')
     hub.update_info_dict(dict(iter=0, epoch=0, max_iters=100, max_epochs=100))  # some heads read them
-    architecture = build_random(cfg.model.architecture, scope_of(cfg))
     model = {key: value for key, value in cfg.model.items() if key not in ('architecture', 'teacher')}
     with DefaultScope.overwrite_default_scope(scope_of(cfg)):
-        built = MODELS.build(dict(model, architecture=architecture, teacher=teacher.model))
-        return _step(built, cfg, student.image)
+        for image in student.images:
+            architecture = build_random(cfg.model.architecture, scope_of(cfg))
+            built = MODELS.build(dict(model, architecture=architecture, teacher=copy.deepcopy(teacher.model)))
+            try:
+                return _step(built, cfg, image)
+            except ValueError:
+                if image == student.images[-1]:  # some heads need more than the smallest image
+                    raise
 
 
 def _step(model: TeacherStudentDistill, cfg: Config, image: int) -> Trial:

@@ -13,7 +13,7 @@ from mmkd_plugin.compose import compose
 from mmkd_plugin.compose.building import in_words
 from mmkd_plugin.compose.network import Network
 from mmkd_plugin.compose.wiring import propose_inherit, propose_layers
-from mmkd_plugin.config.cfg_path import build_cfg_path
+from mmkd_plugin.config.cfg_path import build_cfg_path, read_cfg_path
 from mmkd_plugin.deploy.student import plain_config
 
 ROOT = Path(__file__).parents[2]
@@ -253,6 +253,18 @@ def test_size_of_the_pipeline(tmp_path):
     config = write(tmp_path / 's.py', classifier(8), 'mmpretrain', train_dataloader=dict(dataset=dataset))
     network = Network(config, 'STUDENT')
     assert network.image == 96 and network.sizes('backbone.layer4') == [(3, 3)]
+
+
+def test_a_head_that_needs_larger_images_than_the_rest(tmp_path):
+    pipeline = [dict(type='Resize', scale=(640, 512)), dict(type='PackDetInputs')]
+    model = read_cfg_path('mmdet::ddod/ddod_r50_fpn_1x_coco.py', 'student').model.to_dict()
+    model.update(backbone=retinanet(8)['backbone'])
+    model['neck'].update(in_channels=retinanet(8)['neck']['in_channels'], out_channels=32)
+    model['bbox_head'].update(in_channels=32, feat_channels=32)  # deformable convolutions, 3x3
+    config = write(tmp_path / 's.py', model, classes='a' * 80, train_dataloader=dict(
+        dataset=dict(type='CocoDataset', pipeline=pipeline)))
+    assert Network(config, 'STUDENT').images == [256, 512]
+    assert 'neck' in composed(config, config, tmp_path)[1]
 
 
 def test_what_is_pooled_is_no_map(tmp_path):
