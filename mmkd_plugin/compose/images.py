@@ -49,13 +49,16 @@ def synthetic_batch(model: BaseModel, cfg: Config, side: int, samples: int = 2) 
     if not isinstance(model, BaseDetector):
         return dict(inputs=torch.randint(0, 256, (samples, channels, side, side), dtype=torch.uint8),
                     data_samples=synthetic_samples(model, samples))
-    from mmdet.testing import demo_mm_inputs
+    from mmdet.testing import demo_mm_inputs, demo_mm_proposals
     classes = min(num_classes(model), default=1)  # separate heads may count things and stuff
     batch = demo_mm_inputs(
         samples, [(channels, side, side)] * samples, num_items=[2] * samples, num_classes=max(classes, 2),
         with_mask=_loads(cfg.train_dataloader, 'with_mask'), with_semantic=_loads(cfg.train_dataloader, 'with_seg'))
-    for sample in batch['data_samples']:
+    proposals = demo_mm_proposals([(channels, side, side)] * samples, 50)
+    for sample, proposed in zip(batch['data_samples'], proposals):
         sample.gt_instances.labels.clamp_(max=classes - 1)
+        if not hasattr(model, 'rpn_head'):  # Fast R-CNN reads the proposals of its data set
+            sample.proposals = proposed
     return batch
 
 

@@ -96,9 +96,9 @@ class Network:
         self.is_student = student is None
         self.calls: Counter[str] = Counter()  # how often each module ran
         self.layers: dict[str, Layer] = {}  # by module, in the order of their last calls
-        self.images = [student.image] if student else image_sides(self.cfg, self.is_detector)  # from the first that runs
+        self.images = [student.image] if student else image_sides(self.cfg, self.is_detector)
         self.image = self._look_at_some_size()
-        self.images = self.images[self.images.index(self.image):]
+        self.images = self.images[self.images.index(self.image):]  # this one and larger ones
 
     def _look_at_some_size(self) -> int:
         """Returns the first image side at which the network runs."""

@@ -255,15 +255,24 @@ def test_size_of_the_pipeline(tmp_path):
     assert network.image == 96 and network.sizes('backbone.layer4') == [(3, 3)]
 
 
-def test_a_head_that_needs_larger_images_than_the_rest(tmp_path):
-    pipeline = [dict(type='Resize', scale=(640, 512)), dict(type='PackDetInputs')]
-    model = read_cfg_path('mmdet::ddod/ddod_r50_fpn_1x_coco.py', 'student').model.to_dict()
-    model.update(backbone=retinanet(8)['backbone'])
-    model['neck'].update(in_channels=retinanet(8)['neck']['in_channels'], out_channels=32)
-    model['bbox_head'].update(in_channels=32, feat_channels=32)  # deformable convolutions, 3x3
-    config = write(tmp_path / 's.py', model, classes='a' * 80, train_dataloader=dict(
+def zoo_detector(tmp_path, name, side):
+    """Writes the config of a detector of mmdet with small backbone and neck, for images of this side."""
+    model = read_cfg_path(f'mmdet::{name}', 'student').model.to_dict()
+    model['backbone'] = retinanet(8)['backbone']
+    model['neck']['in_channels'] = retinanet(8)['neck']['in_channels']
+    pipeline = [dict(type='Resize', scale=(side, side)), dict(type='PackDetInputs')]
+    return write(tmp_path / 's.py', model, classes='a' * 80, train_dataloader=dict(
         dataset=dict(type='CocoDataset', pipeline=pipeline)))
+
+
+def test_a_head_that_needs_larger_images_than_the_rest(tmp_path):
+    config = zoo_detector(tmp_path, 'ddod/ddod_r50_fpn_1x_coco.py', 512)  # has deformable convolutions of 3x3
     assert Network(config, 'STUDENT').images == [256, 512]
+    assert 'neck' in composed(config, config, tmp_path)[1]
+
+
+def test_a_head_that_reads_the_proposals_of_the_data_set(tmp_path):
+    config = zoo_detector(tmp_path, 'fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py', 256)
     assert 'neck' in composed(config, config, tmp_path)[1]
 
 
