@@ -1,4 +1,5 @@
 """Reading configs and building models by ``cfg_path``: a library's config (``mmdet::...``) or a file."""
+import re
 from pathlib import Path
 
 from mmengine.config import Config
@@ -16,12 +17,18 @@ def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
     """Returns the config at ``cfg_path``; its ``model`` has its own ``data_preprocessor``.
 
     Raises:
-        ValueError: the config does not exist (the message names the closest), or has no model.
+        ValueError: the config does not exist (the message names the closest), has a name that MMEngine does not read,
+            or has no model.
     """
     try:
         cfg = get_config(cfg_path) if '::' in cfg_path else Config.fromfile(cfg_path)
     except (FileNotFoundError, KeyError, OSError) as error:
         raise ValueError(f'{field}: no config {cfg_path!r}; {closest(cfg_path, _neighbours(cfg_path))}') from error
+    except ValueError as error:
+        if '::' not in cfg_path or re.match(r'\w+::\w+/', cfg_path):
+            raise
+        raise ValueError(f'{field}: MMEngine does not read the name {cfg_path!r}, expected LIBRARY::FOLDER/FILE.py '
+                         'with letters, digits and "_" in FOLDER. Use the path of the file instead') from error
     if 'model' not in cfg:
         raise ValueError(f'{field}: {cfg_path!r} has no model')
     if 'data_preprocessor' in cfg:

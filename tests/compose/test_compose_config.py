@@ -428,6 +428,8 @@ def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
     (dict(student='mmdet::retinanet/retinanet_r18_fpn_1x_cooc.py'),
      'STUDENT: no config.*retinanet_r18_fpn_1x_coco.py'),
     (dict(teacher='TMP/tt.py'), 'TEACHER: no config.*tt.py.*t.py'),
+    (dict(student='mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py'),
+     'STUDENT: MMEngine does not read the name .*gn.*Use the path of the file'),
     (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is already a distillation'),
     (dict(student='mmpretrain::simclr/simclr_resnet50_8xb32-coslr-200e_in1k.py'),
      'STUDENT: .*SimCLR, expected a detector'),

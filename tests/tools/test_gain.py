@@ -368,6 +368,9 @@ def test_the_table(tool, results, monkeypatch):
         # differences 4 and 2: mean 3, sd 1.4142, t(0.975, 1) = 12.7062, so 12.7062
         assert lines[4] == ('| KD | 83.5 ± 0.7 | 81.6 to 85.4 | 2 | +3.00 ± 12.71 to student alone | +3.00 to +3.00 | '
                             f'2 of 2 | 0.500 | 32% | 3{"" if tuned else " (not tuned)"} |')
+    for seed, weight in ((1, 31.25), (2, 28.0)):
+        results[1]['kd'][seed].update(weights=[], measured=dict(pkd=weight))
+    assert report.table(*results, []).splitlines()[4].endswith('| 32% | 28 to 31.2 (measured) |')
 
 
 def test_the_first_sentences(tool, results):

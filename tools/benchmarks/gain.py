@@ -47,6 +47,7 @@ PROCESSES.set_forkserver_preload([
     'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.visualization', 'mmpretrain.models',
     'mmpretrain.datasets', 'mmpretrain.evaluation', 'mmpretrain.visualization', 'mmkd_plugin.models'])
 POLICY = 'policy/'  # prefix of FreezePolicyHook's scalars
+MEASURED = 'weight/'  # prefix of the scalars of weights that are measured in training
 DIVERGED = 3  # exit status of a training whose loss became NaN or infinite
 UNDECIDING = {'filename', 'data_command', 'randomness', 'default_hooks',
               'visualizer', 'vis_backends', 'log_level', 'log_processor'}
@@ -323,6 +324,10 @@ def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -
     if policy:
         more['policy'] = [{key.removeprefix(POLICY): round(value, 4) for key, value in line.items()}
                           for line in policy]
+    measured_weights = {key.removeprefix(MEASURED): value for line in scalars for key, value in line.items()
+                        if key.startswith(MEASURED)}
+    if measured_weights:
+        more['measured'] = measured_weights
     if run.seed not in TUNING_SEEDS:
         more['resampled'] = [round(value, 4) for value in resampled().tolist()]
     return _line(run, last[task.metric], **more, seconds=seconds)

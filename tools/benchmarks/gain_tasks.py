@@ -50,6 +50,11 @@ def feature(layers: list[str], *bases: str | dict) -> Callable[..., dict]:
         loss_weight=list(weights) if several else weights[0])}
 
 
+def measured(layers: list[str], base: str) -> Callable[[], dict]:
+    """Returns a function to the options of a base whose weight is measured in the first iterations."""
+    return lambda: feature(layers, base)('auto')
+
+
 def sokd(layers: list[str], base: str | dict, anchor: str, search_epochs: int, dafa: dict | None = None,
          areas: bool = True, **dam) -> Callable[..., dict]:
     """Returns a function from the weights of base and DAM to the options of SoKD. Without a DAM weight, DAM is off.
@@ -143,7 +148,11 @@ def bccd() -> Task:
         pkd_decay=by('PKD, falling to 0', decaying(feature(neck, 'pkd'), epochs // 2, epochs),
                      one(60.0, 30.0, 120.0, 240.0), 'pkd'),
         fitnet_decay=by('FitNet, falling to 0', decaying(feature(neck, 'fitnet'), epochs // 2, epochs),
-                        one(6.0, 2.0, 20.0, 60.0), 'fitnet'))
+                        one(6.0, 2.0, 20.0, 60.0), 'fitnet'),
+        fitnet_auto=by("FitNet, weight 'auto'", measured(neck, 'fitnet'), base='fitnet'),
+        at_auto=by("AT, weight 'auto'", measured(neck, 'at'), base='at'),
+        pkd_auto=by("PKD, weight 'auto'", measured(neck, 'pkd'), base='pkd'),
+        mgd_auto=by("MGD, weight 'auto'", measured(neck, 'mgd'), base='mgd'))
     return Task('BCCD, RetinaNet R18 of width 32 to width 16', BCCD, 'configs/benchmarks/bccd',
                 'retinanet_r18-c32_bccd', 'coco/bbox_mAP', 'AP (%)', 100.0, experiments, ('sokd_pkd', 'pkd_amd'))
 
@@ -163,6 +172,7 @@ def bccd_mobilenet() -> Task:
             pkd=by('PKD', feature(neck, 'pkd'), one(30.0, 10.0, 60.0, 120.0)),
             at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0)),
             amd=by('AMD, scale-free, global + local', feature(neck, 'amd-scale-free'), one(1.0, 0.3, 3.0, 10.0), 'at'),
+            pkd_auto=by("PKD, weight 'auto'", measured(neck, 'pkd'), (), 'pkd'),
             sokd_pkd=by('SoKD on PKD', sokd(neck, 'pkd', 'boxes', 15, {}), grid((30.0, 60.0), (0.3, 0.1)), 'pkd')))
 
 
@@ -179,6 +189,7 @@ def cifar10() -> Task:
         'accuracy/top1', 'top-1 accuracy (%)', 1.0, dict(
             student=Experiment('student alone', student),
             fitnet=by('FitNet', feature(stage, 'fitnet'), one(30.0, 10.0, 100.0, 300.0)),
+            fitnet_auto=by("FitNet, weight 'auto'", measured(stage, 'fitnet'), (), 'fitnet'),
             at=by('AT', feature(stages, 'at'), one(500.0, 100.0, 2500.0, 12500.0)),
             amd=by('AMD, scale-free', feature(stages, dict(preset='amd-scale-free', loss=dict(local_grid=1))),
                    one(6.4, 1.6, 25.6, 100.0), 'at'),

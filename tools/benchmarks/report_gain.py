@@ -161,8 +161,12 @@ def table(task: Task, found: Found, tuning: list[dict]) -> str:
                 _interval(over_images(resampled(task, found, name), resampled(task, found, base)), '+.2f'),
                 f'{against[2]} of {against[3]}', f'{permutation_test(given, values(task, found, base)):.3f}']
         share = closed(given, alone, teacher) if name != 'student' else None
-        weights = ', '.join(f'{weight:g}' for weight in next(iter(found[name].values()))['weights'])
-        if weights and not is_tuned(task, name, tuning):
+        lines = found[name].values()
+        weights = ', '.join(f'{weight:g}' for weight in next(iter(lines))['weights'])
+        measured = [weight for line in lines for weight in line.get('measured', {}).values()]
+        if measured:
+            weights = f'{min(measured):.3g} to {max(measured):.3g} (measured)'
+        elif weights and not is_tuned(task, name, tuning):
             weights += ' (not tuned)'
         rows.append([experiment.label, mean + spread, _interval(over_images(resampled(task, found, name))),
                      str(len(given)), *compared, '' if share is None else f'{share:.0f}%', weights])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from mmengine.logging import print_log
+from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel, ModuleDict
 from mmengine.registry import DefaultScope
 from mmrazor.models.algorithms import SingleTeacherDistill
@@ -338,6 +338,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 reports += [f'{name}: {report}' if name else report] if report else []
             if getattr(teacher.distiller, 'measuring', False):
                 teacher.distiller.measure(self.parse_losses(task_losses)[0], losses[name])
+                if not teacher.distiller.measuring:
+                    for base, auto in teacher.distiller.autos.items():  # logged in every later iteration
+                        MessageHub.get_current_instance().update_scalar(
+                            f'train/weight/{teacher.prefix}{base}', float(auto.weight))
         self._reported = True
         if reports:
             print_log("Gradients at the distilled layers in the first iteration, relative to the task's: "

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import classification_batch, classifier, detection_batch, retinanet
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmrazor.models.distillers import ConfigurableDistiller
 
@@ -116,6 +117,7 @@ def test_auto_makes_the_gradients_ratio_what_is_stated(build):
     model = measured(build, ['pkd', 'at'], ['auto', 5.0], auto_ratio=0.5)
     assert list(model.distiller.autos) == ['pkd'] and not model.distiller.measuring
     weight = float(model.distiller.autos['pkd'].weight)
+    assert MessageHub.get_current_instance().get_scalar('train/weight/pkd').current() == weight
     seen = {}
     model.student.neck.register_forward_hook(lambda _, __, out: seen.setdefault('maps', out))
     losses = model(**model.data_preprocessor(batch_for(model), True), mode='loss')
