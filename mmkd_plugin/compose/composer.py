@@ -110,11 +110,13 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
         pairs = propose_layers(student, teacher, stages, one_width=method == 'sokd' or base == 'fitnet')
     base = _base_for(base, student, teacher, pairs) if method != 'amd' else None
     remarks += _of_layers(student, teacher, pairs)
+    resized = {pair[0] for pair in pairs if _strides(student, pair[0]) != _strides(teacher, pair[1])}
     return Plan(
         method=method, base=base,
         student=student.name if '::' in student.name else Path(os.path.relpath(student.name, out.parent)).as_posix(),
-        teacher=teacher.name, teacher_ckpt=teacher_ckpt, trust_checkpoint=trust_checkpoint, layers=pairs,
-        strides=[stride(size[0], student.image) for pair in pairs for size in student.sizes(pair[0])],
+        teacher=teacher.name, teacher_ckpt=teacher_ckpt, trust_checkpoint=trust_checkpoint,
+        layers=[pair[0] if pair[0] == pair[1] and pair[0] not in resized else pair for pair in pairs],
+        strides=[each for pair in pairs for each in _strides(student, pair[0])],
         inherit=propose_inherit(student, teacher) if student.is_detector else [],
         logits=logits, task_loss=task_loss, detector=student.is_detector,
         length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks,
@@ -146,8 +148,7 @@ def _of_layers(student: Network, teacher: Network, pairs: Sequence[tuple[str, ..
     """Returns remarks for the user on the layers that are compared."""
     remarks = []
     for pair in pairs:
-        strides = [[stride(size[0], network.image) for size in network.sizes(name)]
-                   for network, name in zip((student, teacher), pair)]
+        strides = [_strides(network, name) for network, name in zip((student, teacher), pair)]
         if all(strides) and strides[0] != strides[1]:
             remarks.append(f'The maps of {pair[0]!r} (stride {_listed(strides[0])}) and of the teacher\'s {pair[1]!r} '
                            f'(stride {_listed(strides[1])}) differ in size, so one of them is interpolated.')
@@ -158,6 +159,10 @@ def _of_layers(student: Network, teacher: Network, pairs: Sequence[tuple[str, ..
                            'at every position, as after a layer normalisation. AMD and AT compare energies and find '
                            'little there. Choose layers before the normalisation with --layers, or use --method sokd.')
     return remarks
+
+
+def _strides(network: Network, name: str) -> list[int | float]:
+    return [stride(size[0], network.image) for size in network.sizes(name)]
 
 
 def _listed(values: Sequence) -> str:

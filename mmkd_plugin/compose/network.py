@@ -96,9 +96,11 @@ class Network:
         self.is_student = student is None
         self.calls: Counter[str] = Counter()  # how often each module ran
         self.layers: dict[str, Layer] = {}  # by module, in the order of their last calls
-        self.images = [student.image] if student else image_sides(self.cfg, self.is_detector)
+        self.images = student.images if student else image_sides(self.cfg, self.is_detector)
         self.image = self._look_at_some_size()
         self.images = self.images[self.images.index(self.image):]  # this one and larger ones
+        if student and student.image != self.image:
+            student.look_at(self)
 
     def _look_at_some_size(self) -> int:
         """Returns the first image side at which the network runs."""
@@ -114,6 +116,11 @@ class Network:
                        f'{" or ".join(f"{side} x {side}" for side in sides)}',
                        '' if self.is_student else '. Use images of the size that it was built for'):
             raise failure
+
+    def look_at(self, other: 'Network') -> None:
+        """Runs the images of another network."""
+        self.image, self.images = other.image, other.images
+        self._look(self.image)
 
     def _look(self, side: int) -> None:
         """Fills ``calls`` and ``layers`` by running two random images."""

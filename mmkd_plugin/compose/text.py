@@ -18,7 +18,7 @@ class Plan:
     teacher: str
     teacher_ckpt: str
     trust_checkpoint: bool
-    layers: list[tuple[str, str]]  # in student and teacher
+    layers: list[str | tuple[str, str]]  # a pair if the names or the strides in student and teacher differ
     strides: list[int | float]  # of the layers' maps; empty if unknown
     inherit: list[str]
     logits: tuple[str, str] | None  # layers in student and teacher, if logits are distilled
@@ -54,9 +54,8 @@ def config_text(plan: Plan) -> str:
         end = 'end=1, by_epoch=True' if 'max_epochs' in plan.length else f'end={max(1, _length(plan) // 100)}'
         lines.append(f"    loss_schedules={{'loss_reviewkd*': dict(start_factor=0.0, {end})}},  # a warm-up")
     lines += ['    distiller=dict(', f"        type='mmkd_plugin.{METHODS[plan.method]}',"]
-    layers = [pair[0] if len(set(pair)) == 1 else pair for pair in plan.layers]
     strides = f'stride {", ".join(map(str, plan.strides))}' if plan.strides else ''
-    lines += _list('        layers=', layers, strides)
+    lines += _list('        layers=', plan.layers, strides)
     lines += dict(amd=_amd, sokd=_sokd, feature=_feature)[plan.method](plan)
     return '\n'.join(line if len(line) <= _WIDTH else f'{line}  # noqa: E501' for line in lines) + '\n'
 

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..utils import check_dict, closest
-from .dummy_input import dummy_inputs
+from .dummy_input import dummy_inputs, dummy_size
 
 
 def check_wiring(distiller: dict) -> None:
@@ -165,6 +165,9 @@ def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict
     Recorders of layers that run only in the loss stay empty, because a loss needs ground truth. With ``to_the_end`` the
     whole model runs, so that every call of a layer is recorded. If that fails, the model stops after the first call.
     The recorded tensors are on the CPU, where distillers are built, whatever the model's device.
+
+    Raises:
+        ValueError: the model does not run on the dummy input, or does not run a recorded layer.
     """
     forward = PartialForward(model, recorders, calls or {})
     if to_the_end and forward.mode == 'tensor':
@@ -186,6 +189,11 @@ def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict
         except ValueError:
             if not all('head.' in source for source in forward.silent()):
                 raise
+        except Exception as error:  # models raise many types
+            size = ' x '.join(map(str, dummy_size(model)))
+            raise ValueError(f'{type(model).__name__} does not run on one image of {size}, {type(error).__name__}: '
+                             f'{error}. If its images have another size, set input_size, or teacher_input_size for a '
+                             'teacher') from error
         change_records(recorders, Tensor.cpu)
     forward.remove()
 

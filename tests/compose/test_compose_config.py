@@ -237,6 +237,32 @@ def test_named_layers_of_other_strides_are_interpolated(tmp_path):
     assert remark in report and f'# {remark}' in text
 
 
+def test_layers_of_one_name_and_other_strides_are_interpolated(tmp_path):
+    patches = transformer()
+    patches['backbone']['patch_size'] = 32
+    student, teacher = (write(tmp_path / name, model, 'mmpretrain') for name, model in (
+        ('s.py', patches), ('t.py', transformer())))
+    cfg, report, _ = composed(student, teacher, tmp_path)
+    assert cfg.model.distiller.layers == [('backbone.layers.0', 'backbone.layers.0')] and '(stride 16)' in report
+
+
+def test_logits_that_begin_with_zeros_are_distilled(tmp_path):
+    zero = classifier(8)
+    zero['head']['init_cfg'] = dict(type='Constant', layer='Linear', val=0)
+    student = write(tmp_path / 's.py', zero, 'mmpretrain')
+    assert "source='head.fc'" in composed(student, student, tmp_path)[2]
+
+
+def test_a_teacher_that_needs_larger_images_than_the_student(tmp_path):
+    teacher = zoo_detector(tmp_path, 'ssd/ssd300_coco.py', 320)
+    dataset = dict(type='CocoDataset', pipeline=[dict(type='Resize', scale=(320, 320)), dict(type='PackDetInputs')])
+    student = write(tmp_path / 'small.py', retinanet(8), train_dataloader=dict(dataset=dataset))
+    assert Network(student, 'STUDENT').images == [256, 320]
+    s_network = Network(student, 'STUDENT')
+    assert Network(teacher, 'TEACHER', s_network).image == s_network.image == 320
+    assert s_network.sizes('backbone.layer4') == [(10, 10)]
+
+
 def test_the_logits_are_what_the_loss_reads(tmp_path):
     arc = dict(classifier(8), head=dict(type='mmpretrain.ArcFaceClsHead', num_classes=4, in_channels=64))
     smooth, sigmoid, stacked = (classifier(8) for _ in range(3))
@@ -256,10 +282,11 @@ def test_size_of_the_pipeline(tmp_path):
 
 
 def zoo_detector(tmp_path, name, side):
-    """Writes the config of a detector of mmdet with small backbone and neck, for images of this side."""
+    """Writes the config of a detector of mmdet, with a small backbone if it has an FPN, for images of this side."""
     model = read_cfg_path(f'mmdet::{name}', 'student').model.to_dict()
-    model['backbone'] = retinanet(8)['backbone']
-    model['neck']['in_channels'] = retinanet(8)['neck']['in_channels']
+    if model['neck']['type'] == 'FPN':
+        model['backbone'] = retinanet(8)['backbone']
+        model['neck']['in_channels'] = retinanet(8)['neck']['in_channels']
     pipeline = [dict(type='Resize', scale=(side, side)), dict(type='PackDetInputs')]
     return write(tmp_path / 's.py', model, classes='a' * 80, train_dataloader=dict(
         dataset=dict(type='CocoDataset', pipeline=pipeline)))

@@ -106,8 +106,8 @@ def _try_losses(distiller: ConfigurableDistiller) -> None:
 def _alignment(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn.Module, resized: bool) -> Alignment:
     """Decides how each pair of maps is resized to one size.
 
-    Maps of different strides are interpolated if the config has two different layers, or if the teacher gets a resized
-    batch. A connector does its own resizing.
+    Maps of different strides are interpolated if the config has two different layers or a pair of equal names, or if
+    the teacher gets a resized batch. A connector does its own resizing.
     """
     images = dummy_size(student), dummy_size(teacher)
     connected = {_recorder(distiller, record) for inputs in distiller.loss_forward_mappings.values()
@@ -124,7 +124,7 @@ def _alignment(distiller: ConfigurableDistiller, student: nn.Module, teacher: nn
                 continue
             sizes = (f'an image of {images[0][0]} x {images[0][1]} gives maps of {s_size} in the student and {t_size} '
                      'in the teacher')
-            if s_layer == t_layer:
+            if s_layer == t_layer and s_layer not in getattr(distiller, 'given_as_pairs', ()):
                 raise ValueError(f'{s_layer}: the strides differ: {sizes}. Choose layers of equal stride, or give a '
                                  'pair (student\'s layer, teacher\'s layer), whose maps are interpolated')
             if any(t_place == other and ratios != ratio for (_, other), ratios in pairs.items()):

@@ -43,7 +43,8 @@ class FeatureDistiller(ConfigurableDistiller):
                        base=dict(loss=dict(type='L1Loss'), weight=2.0))
 
     Args:
-        layers: names of modules. Each is a name for both student and teacher, or a pair (student's, teacher's).
+        layers: names of modules. Each is a name for both student and teacher, or a pair (student's, teacher's). Maps
+            of different strides are interpolated for a pair, also of equal names, and an error for a name.
         base: a preset's name or a dict, as in :mod:`.presets`, or a list of them, or None for no base. ``'crosskd'``,
             or ``dict(preset='crosskd', ...)`` with arguments of :class:`CrossKD`, compares predictions of dense heads.
             It reads no ``layers``, so ``layers`` may be empty.
@@ -90,6 +91,7 @@ class FeatureDistiller(ConfigurableDistiller):
         super().__init__(**{key: value for key, value in self._written.items() if key != 'type'}, **kwargs)
         self.layers = list(pairs)
         self.pairs = [(layer, layer) for layer in self.layers]  # recorders of student and teacher
+        self.given_as_pairs = {layer[0] for layer in layers or () if not isinstance(layer, str)}
         self.crosskd_weight, arguments = crosskd or (1.0, None)
         self.crosskd = None if arguments is None else CrossKD(**arguments)
         self.auto_ratio = check_number('auto_ratio', auto_ratio, above=0)
