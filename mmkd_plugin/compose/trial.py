@@ -66,8 +66,9 @@ def try_one_step(cfg: Config, student: Network, teacher: Network, random_teacher
                 built = MODELS.build(dict(dict(input_size=image), **model, architecture=architecture,
                                           teacher=copy.deepcopy(teacher.model)))
                 return _step(built, cfg, image)
-            except ValueError:
-                if image == student.images[-1]:  # some heads need more than the smallest image
+            except ValueError as error:
+                cause = error.__cause__  # of a model's own code: some heads need more than the smallest image
+                if image == student.images[-1] or cause is None or isinstance(cause, ValueError):
                     raise
 
 
