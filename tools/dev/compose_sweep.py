@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -118,7 +119,7 @@ def try_pair(student: str, teacher: str, method: str, limit: int, sender) -> Non
             remarks = [line for line in report.splitlines() if line.startswith(('The maps of', 'With random'))]
             sender.send(('works', '; '.join([*layers, *remarks])))
         except ValueError as error:
-            text = ' '.join(str(error).split())
+            text = ' '.join(str(error).split()).replace(f'{sysconfig.get_path("purelib")}/', '')
             sender.send(('bug' if BUG in text else 'refused', text))
         except BaseException as error:  # the user would get a traceback
             sender.send(('bug', f'{type(error).__name__}: {error}'))
