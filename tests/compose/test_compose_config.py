@@ -455,6 +455,8 @@ def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
     (dict(student='mmdet::retinanet/retinanet_r18_fpn_1x_cooc.py'),
      'STUDENT: no config.*retinanet_r18_fpn_1x_coco.py'),
     (dict(teacher='TMP/tt.py'), 'TEACHER: no config.*tt.py.*t.py'),
+    (dict(student='mmpretrain::hivit/hivit-tiny-p16_16xb64_in1k.py',
+          teacher='mmpretrain::hivit/hivit-small-p16_16xb64_in1k.py'), 'does not run on one image of 224 x 224, .*'),
     (dict(student='mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py'),
      'STUDENT: MMEngine does not read the name .*gn.*Use the path of the file'),
     (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is already a distillation'),
