@@ -1,7 +1,7 @@
 """Hook that starts and ends SoKD's policy search and logs the policy."""
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ...models.refiners import DAFA
 from ...registry import HOOKS
@@ -25,7 +25,8 @@ class FreezePolicyHook(Hook):
 
     Raises:
         ValueError: Not exactly one of ``search_epochs`` and ``search_iters`` is given; before training: the model
-            has no policy, or a policy that is not frozen has no optimizer.
+            has no policy, a policy that is not frozen has no optimizer, or ``search_epochs`` is used with an
+            iteration-based loop, which does not count epochs.
     """
 
     priority = 'NORMAL'
@@ -52,6 +53,10 @@ class FreezePolicyHook(Hook):
         if not isinstance(runner.optim_wrapper, PolicyOptimWrapper) and not self.frozen:
             raise ValueError('FreezePolicyHook: the policy would be trained by the optimizer of the student. Set '
                              "optim_wrapper.constructor='mmkd_plugin.PolicyOptimWrapperConstructor'")
+
+        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise ValueError(f'FreezePolicyHook.search_epochs: {type(runner.train_loop).__name__} does not count '
+                             'epochs, so the search would never end. Use search_iters; begin is then in iterations')
 
     @property
     def frozen(self) -> bool:

@@ -153,6 +153,14 @@ def test_a_policy_in_the_students_optimizer_is_refused(train):
         train('a', policy={})
 
 
+def test_epochs_in_an_iteration_based_loop_are_refused(train):
+    loop = dict(type='IterBasedTrainLoop', max_iters=4, val_interval=5)
+    with pytest.raises(ValueError, match='search_epochs: IterBasedTrainLoop does not count epochs.*search_iters'):
+        train('a', hooks=[dict(search_epochs=1)], loop=loop)
+    runner = train('b', hooks=[dict(search_iters=3)], loop=loop)
+    assert dafa_of(runner).frozen and dafa_of(runner).num_searches == 3
+
+
 def test_a_model_without_a_policy_is_refused(train):
     model = copy.deepcopy(MODEL)
     model['distiller']['dafa'] = None
