@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
+from .pooling import adaptive_average_pool
 
 EPS = 1e-6  # added to the norm that step 2 divides by
 Q_MAX = 1 - 1e-7
@@ -230,26 +231,13 @@ class _AngularDistance(torch.autograd.Function):
             maps, grad.unbind(), ctx.shapes)), *(None for _ in ctx.shapes)
 
 
-@lru_cache(maxsize=128)
-def _pooling(length: int, pooled: int, device: torch.device) -> Tensor:
-    """Returns the matrix (pooled, length) of adaptive average pooling, float64."""
-    bin_ = np.arange(pooled)[:, None]
-    first, end = bin_ * length // max(pooled, 1), -(-(bin_ + 1) * length // max(pooled, 1))
-    inside = (np.arange(length) >= first) & (np.arange(length) < end)
-    return torch.as_tensor(inside / (end - first)).to(device, non_blocking=True)
-
-
 def _pool(s_attention: Tensor, t_attention: Tensor) -> list[Tensor]:
-    """Average-pools (N, H, W) and (N, H', W') to the smaller height and width, in the student's dtype.
-
-    Its backward pass is deterministic. That of ``adaptive_avg_pool2d`` is not on a GPU.
-    """
+    """Average-pools (N, H, W) and (N, H', W') to the smaller height and width, in the student's dtype."""
     size = [min(lengths) for lengths in zip(s_attention.shape[1:], t_attention.shape[1:])]
     pooled = []
     for x in (s_attention, t_attention):
         if list(x.shape[1:]) != size:
-            rows, columns = (_pooling(*lengths, x.device) for lengths in zip(x.shape[1:], size))
-            x = rows @ x.double() @ columns.t()
+            x = adaptive_average_pool(x.double(), size)
         pooled.append(x.to(s_attention.dtype))
     return pooled
 

@@ -5,11 +5,11 @@ Letters: N images, C channels, (H, W) size of a level's map.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
+from .pooling import adaptive_average_pool
 
 POOLED_SIZES = (4, 2, 1)
 
@@ -28,7 +28,7 @@ def hierarchical_context_loss(s_feature: Tensor, t_feature: Tensor) -> Tensor:
             continue
         weight /= 2
         total += weight
-        pooled = F.adaptive_avg_pool2d(difference, (min(size, height), min(size, width)))
+        pooled = adaptive_average_pool(difference, (min(size, height), min(size, width)))
         loss = loss + weight * _mean_square(pooled)
     return loss / total
 

@@ -45,6 +45,14 @@ def test_agrees_with_a_naive_computation(shape, terms):
     assert ReviewKDLoss()(s, t).item() == pytest.approx(naive(s, t, terms), rel=1e-5)
 
 
+def test_no_operation_without_a_deterministic_implementation_on_a_gpu():
+    s = torch.randn(2, 3, 7, 11, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        ReviewKDLoss()(s, torch.randn(2, 3, 7, 11)).backward()
+    names = {event.name for event in profile.events()}
+    assert 'aten::mm' in names and not any('pool' in name for name in names)
+
+
 def test_values_by_hand():
     ones, zeros = torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
     assert ReviewKDLoss()(ones, zeros).item() == pytest.approx(1)  # every term is 1, weights over their sum
