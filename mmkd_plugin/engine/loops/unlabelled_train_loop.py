@@ -41,7 +41,8 @@ class UnlabelledEpochBasedTrainLoop(EpochBasedTrainLoop):
 
     Raises:
         ValueError: the model is not a :class:`.TeacherStudentDistill`, all of its losses need labels, the loader has no
-            batch, or there is a loader for the search of a policy.
+            batch, there is a loader for the search of a policy, or several processes train a student with activation
+            checkpointing.
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, unlabelled_dataloader: dict | DataLoader,
@@ -107,11 +108,17 @@ def _check(runner: Runner, kwargs: dict) -> None:
     if not isinstance(model, TeacherStudentDistill):
         raise ValueError(f'train_cfg.type: unlabelled images need a distillation, got a {type(model).__name__}, '
                          'expected a TeacherStudentDistill. Use MMEngine\'s train loop')
+    if is_model_wrapper(runner.model) and any(getattr(part, 'with_cp', False) for part in model.student.modules()):
+        raise ValueError('train_cfg.type: with several processes, a step cannot run blocks with activation '
+                         'checkpointing (with_cp=True) twice, on labelled and unlabelled images. Set with_cp=False in '
+                         'the student')
     model.check_unlabelled()
 
 
 def _build(runner: Runner, loader: dict | DataLoader) -> DataLoader:
-    loader = runner.build_dataloader(loader, seed=runner.seed) if isinstance(loader, dict) else loader
+    if isinstance(loader, dict):  # as MMEngine builds the loader of a loop
+        loader = runner.build_dataloader(loader, seed=runner.seed, diff_rank_seed=runner._randomness_cfg.get(
+            'diff_rank_seed', False))
     if not len(loader):
         raise ValueError(f'train_cfg.unlabelled_dataloader: has no batch, got {len(loader.dataset)} images. '
                          'Use more images, or a smaller batch_size')

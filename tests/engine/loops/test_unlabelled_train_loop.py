@@ -6,6 +6,7 @@ import torch
 from conftest import classification_batch, classifier, retinanet
 from conftest import detection_batch as boxes_on_equal_images
 from mmdet.structures import DetDataSample
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -248,6 +249,35 @@ def in_the_loss_only():
         type='ConfigurableDistiller', student_recorders=recorders, teacher_recorders=recorders,
         distill_losses=dict(loss_l1=dict(type='L1Loss')), loss_forward_mappings=dict(loss_l1=dict(
             s_feature=dict(from_student=True, recorder='loss'), t_feature=dict(from_student=False, recorder='loss'))))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_activation_checkpointing_is_refused_with_several_processes(make, one_process):
+    model = distillation()
+    for with_cp in (True, False):
+        model['architecture']['backbone']['with_cp'] = with_cp
+        runner = make(f'cp_{with_cp}', dict(type=EPOCHS, max_epochs=1, unlabelled_dataloader=loader(2)), model)
+        runner.model = MMDistributedDataParallel(runner.model, device_ids=None)
+        if with_cp:
+            with pytest.raises(ValueError, match='^train_cfg.type: with several processes, .*Set with_cp=False'):
+                runner.train()
+        else:
+            runner.train()
+
+
+def test_processes_with_seeds_of_their_own_shuffle_alike(make, monkeypatch):
+    runner = make('a', dict(type=EPOCHS, max_epochs=1, unlabelled_dataloader=loader(2)))
+    assert runner.build_train_loop(runner._train_loop).unlabelled_dataloader.sampler.seed == 0
+    runner = make('b', dict(type=EPOCHS, max_epochs=1, unlabelled_dataloader=loader(2)))
+    runner._randomness_cfg['diff_rank_seed'] = True
+    monkeypatch.setattr('mmengine.dataset.sampler.sync_random_seed', lambda: 7)
+    assert runner.build_train_loop(runner._train_loop).unlabelled_dataloader.sampler.seed == 7
 
 
 @pytest.mark.parametrize('model, options, message', [
