@@ -144,12 +144,29 @@ def about(args: argparse.Namespace, plain: Config) -> dict:
     """Returns the metadata that serving needs besides the graph: the classes and the size of the images."""
     meta = read_checkpoint(args.out, 'out', args.trust_checkpoint)['meta'].get('dataset_meta') or {}
     found = dict(classes=list(meta['classes'])) if meta.get('classes') else {}
-    for step in plain.test_dataloader.dataset.get('pipeline', []):
+    return {**found, **preparation(plain.test_dataloader.dataset.get('pipeline', []))}
+
+
+def preparation(pipeline: list[dict]) -> dict:
+    """Returns the limits of the longer and shorter side (``scale``) and the padding of a detector's test pipeline.
+
+    ``pad`` is the width and height to which images are padded on the right and at the bottom, ``pad_with`` the value of
+    red, green and blue. Both are left out if the pipeline does not pad, or to sizes that differ between images.
+    """
+    found: dict = {}
+    for step in pipeline:
         kind = str(step['type']).split('.')[-1]
         if kind == 'Resize' and step.get('keep_ratio'):
-            found['scale'] = list(step.scale)  # limits of the longer and the shorter side, in either order
-        if kind == 'Pad' and step.get('size'):
-            found.update(pad=list(step.size), pad_with=step.get('pad_val', 0))
+            found['scale'] = list(step['scale'])
+        if kind == 'Pad':
+            size = step.get('size')
+            if step.get('pad_to_square') and len({*found.get('scale', ())}) == 1:
+                size = found['scale']  # the longer side of the resized image
+            if size:
+                value = step.get('pad_val', 0)
+                value = value.get('img', 0) if isinstance(value, dict) else value
+                value = [value] * 3 if isinstance(value, (int, float)) else value
+                found.update(pad=list(size), pad_with=[*reversed(value)])  # the pipeline's images are BGR
     return found
 
 

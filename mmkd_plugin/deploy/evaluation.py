@@ -2,6 +2,7 @@
 import copy
 from tempfile import TemporaryDirectory
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
@@ -37,7 +38,8 @@ def evaluate(plain: Config, model: nn.Module, option: str = '--evaluate',
         cfg.update(work_dir=work_dir, load_from=None, resume=False, launcher='none', custom_hooks=[], visualizer=None,
                    experiment_name=f'evaluation_{id(model)}')
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        with data_only(trust_checkpoint):
+        # TensorFloat-32 would change the result, which is compared with that of an ONNX file.
+        with data_only(trust_checkpoint), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             runner = Runner.from_cfg(cfg)
             runner.model = model.to(get_device())
             metrics = runner.test()

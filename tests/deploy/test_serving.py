@@ -1,4 +1,5 @@
 """docs/serve.py, where there is nothing of OpenMMLab and no torch."""
+import importlib
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import retinanet
-from mmdet.structures import DetDataSample
+from mmcv.transforms import Compose
 from test_onnx_export import lively
 
 from mmkd_plugin.deploy.onnx_export import export_onnx
@@ -33,15 +34,31 @@ def test_the_page_shows_the_script():
     assert f'```python\n{SERVE.read_text()}```' in Path('docs/deploy.md').read_text()
 
 
-def test_the_script_finds_what_mmdetection_finds(build, tmp_path):
+RESIZE = dict(type='Resize', scale=(64, 64), keep_ratio=True)
+
+
+@pytest.fixture
+def preparation(monkeypatch):
+    monkeypatch.syspath_prepend('tools')
+    return importlib.import_module('export_student').preparation
+
+
+@pytest.mark.parametrize('steps', [
+    [dict(RESIZE, scale=(64, 48))],
+    [RESIZE, dict(type='Pad', size=(96, 64), pad_val=dict(img=(114, 10, 200)))],
+    [RESIZE, dict(type='mmdet.Pad', pad_to_square=True, pad_val=dict(img=(114.0, 114.0, 114.0)))],
+    [RESIZE, dict(type='Pad', size=(64, 96), pad_val=114)],
+], ids=['keep_ratio', 'RTMDet', 'YOLOX', 'number'])
+def test_the_script_finds_what_mmdetection_finds(build, preparation, tmp_path, steps):
     image = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
     cv2.imwrite(str(tmp_path / 'image.png'), image)
-    resized = cv2.resize(image, (48, 64))  # as Resize(scale=(64, 48), keep_ratio=True) does
-    sample = DetDataSample(metainfo=dict(img_path='image.png', img_shape=(64, 48), ori_shape=(80, 60),
-                                         scale_factor=(0.8, 0.8)))
-    batch = dict(inputs=[torch.from_numpy(resized.transpose(2, 0, 1).copy())], data_samples=[sample])
+    pipeline = Compose([dict(type='mmdet.LoadImageFromFile'), *steps, dict(type='mmdet.PackDetInputs', meta_keys=(
+        'img_path', 'img_shape', 'ori_shape', 'scale_factor'))])
+    packed = pipeline(dict(img_path=str(tmp_path / 'image.png')))
+    batch = dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']])
     model = lively(build(retinanet()))
-    export_onnx(model, batch, str(tmp_path / 'a.onnx'), about=dict(scale=[64, 48], classes=['cat', 'dog', 'cow']))
+    export_onnx(model, batch, str(tmp_path / 'a.onnx'), about=dict(
+        preparation(steps), classes=['cat', 'dog', 'cow']))
     done = subprocess.run([sys.executable, '-c', ABSENT, SERVE, tmp_path / 'a.onnx', tmp_path / 'image.png'],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
