@@ -176,6 +176,17 @@ def test_teacher_and_student_are_those_of_the_config(name):
         assert _bare(alone.get(part)) == _bare(cfg.model.architecture.get(part))
 
 
+@pytest.mark.parametrize('folder', ['bccd', 'cifar10', 'digits'])
+def test_teachers_of_the_benchmarks_have_the_last_checkpoint_of_their_training(folder):
+    found = []
+    for path in sorted((ROOT / 'configs/benchmarks' / folder).glob('*.py')):
+        for _, config, weights in teachers_in(Config.fromfile(path, format_python_code=False).model):
+            epochs = Config.fromfile(config.cfg_path, format_python_code=False).train_cfg.max_epochs
+            found.append((path.name, '/'.join(Path(weights).parts[-2:])))
+            assert found[-1] == (path.name, f'{Path(config.cfg_path).stem}/epoch_{epochs}.pth')
+    assert found
+
+
 def _bare(part):
     return {key: value for key, value in (part or {}).items() if key not in ('_scope_', 'init_cfg')}
 

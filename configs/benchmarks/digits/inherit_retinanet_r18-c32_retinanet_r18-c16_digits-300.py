@@ -7,6 +7,6 @@ model = dict(
     type='mmkd_plugin.TeacherStudentDistill',
     architecture=_base_.model,
     teacher=dict(cfg_path='{{ fileDirname }}/retinanet_r18-c32_digits.py'),
-    teacher_ckpt='work_dirs/retinanet_r18-c32_digits/epoch_7.pth',
+    teacher_ckpt='work_dirs/retinanet_r18-c32_digits/epoch_5.pth',
     inherit=['neck.fpn_convs', 'bbox_head'],
     distiller=dict(type='ConfigurableDistiller'))
