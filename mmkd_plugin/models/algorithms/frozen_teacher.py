@@ -128,6 +128,9 @@ class FrozenTeacher:
         if forward.silent() or self.distiller.deliveries.deliveries:  # both may exist only in the loss
             forward.mode = 'loss'
         from mmdet.models.detectors import BaseDetector
+        if resized and getattr(self.distiller, 'crosskd', None) is not None:
+            raise ValueError("teacher_input_size: base 'crosskd' compares predictions position by position, so both "
+                             'networks need images of one size. Leave out teacher_input_size, or use another base')
         if resized and forward.mode == 'loss' and isinstance(self.network, BaseDetector):
             raise ValueError('teacher_input_size: the recorded layers run only in the teacher\'s loss, got '
                              f'{type(self.network).__name__}, whose loss reads the boxes of the student\'s images. '
@@ -210,10 +213,12 @@ class FrozenTeacher:
         for field, reads in (
                 ("dafa.objective 'agreement'", getattr(self.policy, 'objective', None) == 'agreement'),
                 ("loss_weight 'auto'", bool(getattr(self.distiller, 'autos', None))),
-                ("base 'crosskd'", getattr(self.distiller, 'crosskd', None) is not None)):
+                ("base 'crosskd'", getattr(self.distiller, 'crosskd', None) is not None),
+                ("dam.anchor 'boxes'", any(dam.anchor == 'boxes' for dam in getattr(
+                    self.distiller, 'dams', {}).values()))):
             if reads:
-                raise ValueError(f"calculate_student_loss: {field} reads the task's loss, got False. Set it to True, "
-                                 'or choose another')
+                raise ValueError(f"calculate_student_loss: {field} reads the task's loss or the labels, got False. Set "
+                                 'it to True, or choose another')
 
     def forget_records(self) -> None:
         """Releases the features and the graph of the step."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
+from ..alignment import crop_to_common
 from ..losses.cross_kd_loss import align_statistics, best_score, box_loss, distribution_loss, quality_focal_loss
 
 BRANCHES = ('cls_convs', 'reg_convs')
@@ -136,19 +137,23 @@ class _Step:
         if self.maps.value is None or self.positives.value is None:
             raise RuntimeError('CrossKD: in each step, the teacher must run to the end of its neck and the student in '
                                'mode loss')
+        dtype = next(self.t_head.parameters()).dtype
+        maps = [x.to(dtype, memory_format=torch.contiguous_format) for x in self.maps.value]
         with torch.no_grad():
-            t_predictions = self.t_head.forward(self.maps.value)[:2]  # .forward, to skip hooks of the head
+            t_predictions = self.t_head.forward(maps)[:2]  # .forward, to skip hooks of the head
         student, teacher = ([list(self.features[side, branch].levels) for branch in BRANCHES]
                             for side in ('student', 'teacher'))
-        aligned = [[align_statistics(s, t) for s, t in zip(*levels, strict=True)]
+        aligned = [[align_statistics(*crop_to_common(s, t)).to(dtype) for s, t in zip(*levels, strict=True)]
                    for levels in zip(student, teacher, strict=True)]
-        return self.positives.value, t_predictions, self._finish(aligned)
+        s_predictions = self._finish(aligned)
+        t_predictions = tuple([crop_to_common(s, t)[1] for s, t in zip(*levels, strict=True)]
+                              for levels in zip(s_predictions, t_predictions, strict=True))
+        return self.positives.value, t_predictions, s_predictions
 
     def _finish(self, features: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs the rest of the teacher's head on features of both branches, in the teacher's precision."""
-        dtype = next(self.t_head.parameters()).dtype
+        """Runs the rest of the teacher's head on features of both branches."""
         for feed, levels in zip(self.feeds, features, strict=True):
-            feed.levels = [level.to(dtype) for level in levels]
+            feed.levels = list(levels)
         self.rest.training = self.t_head.training
         return self.rest(range(self.levels))[:2]  # each branch reads its feed instead of the argument
 

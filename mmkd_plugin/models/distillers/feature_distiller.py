@@ -1,10 +1,12 @@
 """The distiller of feature maps at a list of layers."""
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmrazor.models.distillers import ConfigurableDistiller
@@ -100,6 +102,7 @@ class FeatureDistiller(ConfigurableDistiller):
         self.losses_by_base: dict[str, list[str]] = {}
         self._whole: set[str] = set()  # connectors with all maps of a layer as input
         self._fused: set[str] = set()  # connectors with all maps of all layers as input
+        self._connectors_of: dict[str, set[str]] = {}  # by the base's name
         self._at_once: dict[str, list[str]] = {}  # losses computed in one call, by the base's name
         self._places: dict[bool, dict[str, list[tuple[int, int | None]]]] = {True: {}, False: {}}
         self._outputs: dict[tuple, Any] | None = None  # of connectors, during a step
@@ -146,6 +149,11 @@ class FeatureDistiller(ConfigurableDistiller):
             weight = "is measured ('auto')" if base['auto'] else f'{base["weight"]:g}'
             print_log(f'Distillation base {name}: {", ".join(parts)}; losses {", ".join(self.losses_by_base[name])}; '
                       f'weight {weight}.', logger='current')
+            if get_world_size() > 1 and 'CRDLoss' in _types(base['loss']):
+                print_log(f'Distillation base {name}: each process has a memory of its own, which it updates with its '
+                          'own images, and a checkpoint has the memory of the first process. So the training differs '
+                          'from that of one process, and a resumed run from an uninterrupted one.',
+                          logger='current', level=logging.WARNING)
 
     def _record(self, model: nn.Module, from_student: bool) -> None:
         """Records the layers on a dummy input and stores the places of their maps."""
@@ -174,10 +182,12 @@ class FeatureDistiller(ConfigurableDistiller):
             maps: by layer, the maps of student and teacher on a dummy input, equal in number.
         """
         for name, base in self.bases:
+            others = set(self.connectors)
             self._wire_base(name, base, maps)
+            self._connectors_of[name] = set(self.connectors) - others
             if base['auto']:
-                trained = any(parameter.requires_grad for key, connector in self.connectors.items()
-                              if key.startswith(f'{name}_') for parameter in connector.parameters())
+                trained = any(parameter.requires_grad for connector in self._connectors_of[name]
+                              for parameter in self.connectors[connector].parameters())
                 self.autos[name] = AutoWeight(name, base['weight'], 200 if trained else 0, self.auto_ratio)
 
     def _wire_base(self, name: str, base: dict, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
@@ -321,7 +331,7 @@ class FeatureDistiller(ConfigurableDistiller):
 
     def _for_connector(self, connector: str, maps: Any) -> Any:
         """Detaches maps from the student while only the connector is trained, see :class:`.AutoWeight`."""
-        if not any(auto.warming_up and connector.startswith(f'{name}_') for name, auto in self.autos.items()):
+        if not any(auto.warming_up and connector in self._connectors_of[name] for name, auto in self.autos.items()):
             return maps
         return maps.detach() if isinstance(maps, Tensor) else [x.detach() for x in maps]
 
@@ -419,12 +429,23 @@ class FeatureDistiller(ConfigurableDistiller):
         Args:
             task: the sum of the student's own losses.
             losses: the result of :meth:`compute_distill_losses` in this step.
+
+        Raises:
+            ValueError: the student has activation checkpointing after a layer.
         """
         autos = {name: auto for name, auto in self.autos.items() if auto.measuring}
         maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
         sums = [sum(losses[loss] for loss in self.losses_by_base[name]) for name in autos]
-        ready = not all(auto.warming_up for auto in autos.values())
-        task_norm, *norms = gradient_norms([task, *sums], maps) if ready else [task.new_zeros(())] * (1 + len(sums))
+        task_norm, *norms = [task.new_zeros(())] * (1 + len(sums))
+        if not all(auto.warming_up and auto.step for auto in autos.values()):  # the first iteration shows errors
+            try:
+                task_norm, *norms = gradient_norms([task, *sums], maps)
+            except RuntimeError as error:
+                if 'Checkpointing' not in str(error):
+                    raise
+                raise ValueError("loss_weight: 'auto' needs gradients at the layers, which activation checkpointing "
+                                 '(with_cp=True) after a layer does not support. Set with_cp=False in the student, or '
+                                 'give a number') from error
         for auto, norm in zip(autos.values(), norms):
             auto.update(task_norm, norm)
 

@@ -15,7 +15,7 @@ from ..connectors import ConvAdapter
 from ..recording import keep_statistics
 from ..refiners import DAFA
 from ..refiners.agreement import agreement_score
-from .feature_distiller import FeatureDistiller, exact_zero, one_width
+from .feature_distiller import DATA_SAMPLES, FeatureDistiller, exact_zero, one_width
 
 
 class _Search(NamedTuple):
@@ -80,6 +80,10 @@ class SoKDDistiller(FeatureDistiller):
             check_dict(field, {} if value is None else value)
         self.dam = None if dam is None else dict(dam)
         self.dafa = None if dafa is None else DAFA(**dafa)
+        reads_samples = [name for name, base in self.bases if DATA_SAMPLES in base['inputs'].values()]
+        if reads_samples and getattr(self.dafa, 'objective', None) == 'agreement':
+            raise ValueError(f"dafa.objective: 'agreement' computes the losses again after the step, but base "
+                             f"{reads_samples[0]!r} reads the step's samples. Use 'similarity', or another base")
         self.dams = nn.ModuleDict()
         self.aligners = nn.ModuleDict()
         self._given: dict[tuple[str, bool], list[Tensor]] = {}  # features that replace recorded maps in a step
@@ -288,8 +292,9 @@ class SoKDDistiller(FeatureDistiller):
 
     def _losses_at(self, layer: str) -> list[str]:
         """Returns the names of the aligned base's losses at a layer, one per map."""
-        return [name for name, inputs in self.loss_forward_mappings.items() if name.startswith(f'loss_{self._aligned}_')
-                and any(entry['recorder'] == layer and entry['from_student'] for entry in inputs.values())]
+        return [name for name in self.losses_by_base[self._aligned]
+                if any(entry['recorder'] == layer and entry['from_student']
+                       for entry in self.loss_forward_mappings[name].values())]
 
     def _align(self, name: str, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> Tensor:
         layer = next(layer for layer in self.layers if layer.replace('.', '_') == name)

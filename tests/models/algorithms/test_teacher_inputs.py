@@ -128,6 +128,9 @@ def test_a_teacher_of_fixed_input_beside_a_student_of_another_size(build):
 def test_what_runs_in_the_loss_only_has_no_resolution_of_its_own(build):
     recorder = dict(x=dict(type='MethodOutputs', source='mmdet.models.necks.FPN.forward'))
     distiller = dict(MSE, student_recorders=recorder, teacher_recorders=recorder)
+    crosskd = dict(type='mmkd_plugin.FeatureDistiller', layers=[], base='crosskd')
+    with pytest.raises(ValueError, match="teacher_input_size: base 'crosskd' compares predictions"):
+        build(distill(retinanet(8), retinanet(8), crosskd, teacher_input_size=64))
     with pytest.raises(ValueError, match='teacher_input_size: the recorded layers run only in .* RetinaNet'):
         build(distill(retinanet(8), retinanet(8), distiller, teacher_input_size=64))
 

@@ -408,6 +408,8 @@ def test_what_needs_the_task_is_refused_without_it(build):
     with pytest.raises(ValueError, match="^calculate_student_loss: dafa.objective 'agreement'"):
         build(distill(calculate_student_loss=False, distiller=dict(
             type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(objective='agreement'))))
+    with pytest.raises(ValueError, match="^calculate_student_loss: dam.anchor 'boxes' reads .* the labels"):
+        build(distill(calculate_student_loss=False, distiller=dict(type='mmkd_plugin.SoKDDistiller', layers=['neck'])))
     model = build(distill(calculate_student_loss=False))
     model.distillation_stopped = True
     with pytest.raises(ValueError, match='^calculate_student_loss: False leaves no loss'):

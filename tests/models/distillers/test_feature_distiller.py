@@ -192,6 +192,55 @@ def test_crosskd_alone_and_beside_a_base(build, base, layers, weight):
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
 
 
+@pytest.mark.parametrize('fields', [
+    dict(teacher_precision='bfloat16'), dict(size=61, architecture=retinanet(8, pad_size_divisor=1))])
+def test_crosskd_with_a_teacher_in_half_precision_or_of_another_padding(build, fields):
+    size, errors = fields.pop('size', 64), []
+    plain, other = (build({**neck('crosskd', 16, layers=[]), **more}).eval() for more in (dict(), fields))
+    other.load_state_dict(plain.state_dict())
+    other.teacher.load_state_dict(plain.teacher.state_dict())
+    losses, expected = (losses_of(model, detection_batch(size=size)) for model in (other, plain))
+    for name, value in losses.items():
+        errors.append(abs(value / expected[name] - 1))
+        assert value.dtype == torch.float32 and errors[-1] < 0.05
+    assert max(errors) > 0
+    sum(losses.values()).backward()
+
+
+def test_auto_refuses_activation_checkpointing_after_a_layer(build):
+    for base, layers in (('pkd', ['backbone.layer2']), ('fitnet', ['backbone.layer2']), ('pkd', ['neck'])):
+        config = neck(base, 16, loss_weight='auto', layers=layers)
+        config['architecture']['backbone']['with_cp'] = True
+        config['teacher'] = config['architecture']
+        model = build(config).train()
+        wrapper = build_optim_wrapper(model, SGD)
+        if layers == ['neck']:
+            model.train_step(batch_for(model), wrapper)
+        else:
+            with pytest.raises(ValueError, match="loss_weight: 'auto' needs gradients .*with_cp=False"):
+                model.train_step(batch_for(model), wrapper)
+
+
+def test_a_base_whose_name_begins_with_anothers(build):
+    model = build(neck(['fitnet', dict(preset='fitnet', name='fitnet_deep')], loss_weight=['auto', 1.0])).train()
+    assert model.distiller.autos['fitnet'].warming_up
+    losses = losses_of(model, batch_for(model))
+    for name, reached in (('loss_fitnet_neck_0', False), ('loss_fitnet_deep_neck_0', True)):
+        gradient, = torch.autograd.grad(losses[name], [model.student.backbone.conv1.weight], retain_graph=True,
+                                        allow_unused=True)
+        assert (gradient is not None and bool(gradient.any())) == reached
+
+
+def test_crd_on_several_processes_is_a_warning(build, monkeypatch, caplog):
+    said = []
+    monkeypatch.setattr(feature_distiller, 'print_log', lambda text, **_: said.append(text))
+    for size, expected in ((1, 0), (2, 1)):
+        monkeypatch.setattr(feature_distiller, 'get_world_size', lambda size=size: size)
+        build(CASES['crd'])
+        build(CASES['fitnet'])
+        assert sum('each process has a memory of its own' in text for text in said) == expected
+
+
 def test_channels_are_filled_in_and_shown(build):
     model = build(neck(dict(preset='pkd', same_channels=False, share='layer', connector=FITNET_CONNECTOR)))
     connector = model.distiller.connectors['pkd_connector_neck']

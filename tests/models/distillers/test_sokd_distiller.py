@@ -342,6 +342,8 @@ def test_deliveries_do_not_go_with_a_second_batch(build):
     (detect(dict(NECK, layers=['backbone'])), 'Give the stages as separate layers'),
     (detect(dict(NECK, dafa=dict(sub_policy_size=20))), 'sub_policy_size'),
     (detect(dict(NECK, dafa=3)), 'dafa must be a dict, got 3'),
+    (classify(dict(STAGE, base=dict(preset='crd', loss=dict(sample_n=8)), dafa=dict(objective='agreement'), dam=None)),
+     "dafa.objective: 'agreement' computes the losses again .*base 'crd'"),
     (detect(dict(NECK, dam=dict(anchor='bboxes'))), 'anchor.*boxes'),
     (detect(dict(NECK, connect=False)), 'connect, refine and adapter were arguments before version 0.2'),
 ])
