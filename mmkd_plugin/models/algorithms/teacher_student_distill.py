@@ -12,6 +12,7 @@ from mmrazor.models.algorithms import SingleTeacherDistill
 from mmrazor.models.algorithms.base import BaseAlgorithm
 from mmrazor.models.utils import add_prefix
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ...checkpoints.guard import data_only
 from ...checkpoints.initialize import initialize
@@ -402,7 +403,17 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:
-        """Loads a checkpoint of this algorithm, which must fit completely, or of the plain student."""
+        """Loads a checkpoint of this algorithm, which must fit completely, or of the plain student.
+
+        States of norms alone are loaded as they are: MMDetection's ``SyncNormHook`` averages them over processes.
+        """
+        norms = {f'{prefix}{name}.{key}' for name, module in self.named_modules() if isinstance(module, _NormBase)
+                 for key in module.state_dict()}
+        if state_dict and state_dict.keys() <= norms:
+            self.__dict__['_whole_load'] = None
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                          error_msgs)
+            return
         student = prefix + STUDENT_PREFIX
         whole = any(key.startswith(student) for key in state_dict)
         # Loaders of torch and of MMEngine both call this and then the hook below, but the hook sees no error messages.
@@ -427,7 +438,10 @@ def _after_load(model: TeacherStudentDistill, incompatible) -> None:
 
     A checkpoint of the plain student by ``load_from`` has overwritten the inherited weights, so they are copied again.
     """
-    error_msgs, unexpected = model.__dict__.pop('_whole_load')
+    found = model.__dict__.pop('_whole_load')
+    if found is None:
+        return
+    error_msgs, unexpected = found
     missing = [key for key in incompatible.missing_keys if 'num_batches_tracked' not in key]
     if error_msgs is not None and (missing or unexpected or error_msgs):
         raise ValueError('The checkpoint does not fit the model of this config. To start from its student alone, set '

@@ -1,5 +1,6 @@
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -414,3 +415,17 @@ def test_what_needs_the_task_is_refused_without_it(build):
     model.distillation_stopped = True
     with pytest.raises(ValueError, match='^calculate_student_loss: False leaves no loss'):
         losses_of(model, detection_batch())
+
+
+def test_mmdetections_syncnormhook_loads_the_states_of_norms_alone(build, monkeypatch):
+    from mmdet.engine.hooks import sync_norm_hook
+    model = build(distill(distiller=dict(type='mmkd_plugin.FeatureDistiller', layers=['neck'], base='fitnet')))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(sync_norm_hook, 'get_dist_info', lambda: (0, 2))
+    monkeypatch.setattr(sync_norm_hook, 'all_reduce_dict', lambda states, op: {
+        name: value + 1 for name, value in states.items()})
+    sync_norm_hook.SyncNormHook().before_val_epoch(SimpleNamespace(model=model))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == set(sync_norm_hook.get_norm_states(model)) and any('distiller' in name for name in changed)
+    with pytest.raises(ValueError, match='does not fit the model'):
+        model.load_state_dict(dict(list(before.items())[:9]), strict=False)
