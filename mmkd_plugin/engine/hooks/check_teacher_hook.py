@@ -51,11 +51,7 @@ class CheckTeacherHook(Hook):
         if runner._val_loop is None:
             raise ValueError('CheckTeacherHook: needs a validation set to evaluate the teacher, but the config has no '
                              'val_dataloader, val_evaluator and val_cfg')
-        for teacher in model.teachers.values():
-            classes = num_classes(model.student), num_classes(teacher.network)
-            if classes[0] != classes[1]:
-                raise ValueError(f'CheckTeacherHook: the validation set has the student\'s {classes[0]} classes, and '
-                                 f'{teacher.title} has {classes[1]}')
+        check_classes('CheckTeacherHook', model)
         configs = {name.removeprefix('.'): config for name, config, _ in teachers_in(runner.cfg.get('model', {}))}
         for name, teacher in model.teachers.items():
             with undisturbed(model):
@@ -98,6 +94,15 @@ class CheckTeacherHook(Hook):
 
 def _title(name: str) -> str:
     return f'Teacher {name!r}' if name else 'The teacher'
+
+
+def check_classes(field: str, model: TeacherStudentDistill) -> None:
+    """Raises ``ValueError`` if a teacher cannot be evaluated on the student's data, because its classes differ."""
+    for teacher in model.teachers.values():
+        classes = num_classes(model.student), num_classes(teacher.network)
+        if classes[0] != classes[1]:
+            raise ValueError(f'{field}: the validation set has the student\'s {classes[0]} classes, and '
+                             f'{teacher.title} has {classes[1]}')
 
 
 def evaluate_teacher(model: TeacherStudentDistill, loop: ValLoop, name: str = '') -> dict[str, float]:

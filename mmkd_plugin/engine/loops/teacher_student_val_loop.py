@@ -5,7 +5,7 @@ from mmengine.runner import ValLoop
 from ...models.algorithms import TeacherStudentDistill
 from ...models.recording import undisturbed
 from ...registry import LOOPS
-from ..hooks.check_teacher_hook import evaluate_teacher
+from ..hooks.check_teacher_hook import check_classes, evaluate_teacher
 
 
 @LOOPS.register_module()
@@ -26,7 +26,7 @@ class TeacherStudentValLoop(ValLoop):
     The arguments are those of ``ValLoop``.
 
     Raises:
-        ValueError: the model has no teacher.
+        ValueError: the model has no teacher, or a teacher has other classes than the student.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -36,6 +36,7 @@ class TeacherStudentValLoop(ValLoop):
         if not isinstance(self.algorithm, TeacherStudentDistill):
             raise ValueError(f'val_cfg.type: {type(self).__name__} evaluates a teacher, got a '
                              f'{type(self.algorithm).__name__}, expected a TeacherStudentDistill. Remove type')
+        check_classes(f'val_cfg.type: {type(self).__name__}', self.algorithm)
         self.teacher_metrics: dict[str, float] | None = None
 
     def run(self) -> dict:

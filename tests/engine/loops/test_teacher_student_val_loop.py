@@ -87,3 +87,11 @@ def test_mmrazors_loop_is_refused_before_the_first_step(runner):
 def test_a_model_without_a_teacher_is_refused(runner):
     with pytest.raises(ValueError, match='^val_cfg.type: .*got a ImageClassifier.*expected a TeacherStudentDistill'):
         runner('mmkd_plugin.TeacherStudentValLoop', distil=False).train()
+
+
+def test_a_teacher_with_other_classes_is_refused_before_the_first_step(runner):
+    refused = runner('mmkd_plugin.TeacherStudentValLoop')
+    refused.model.teacher.head.num_classes = 7
+    with pytest.raises(ValueError, match=r'^val_cfg.type: .*classes, and the teacher has \[7\]'):
+        refused.train()
+    assert refused.iter == 0
