@@ -57,9 +57,19 @@ def load_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
+        counts = cfg.optim_wrapper.get('accumulative_counts', 1)
+        if counts > 1:  # MMEngine compares base_batch_size with the images of one iteration
+            cfg.auto_scale_lr.base_batch_size /= counts
+            print(f'--auto-scale-lr: base_batch_size is {cfg.auto_scale_lr.base_batch_size:g} for one iteration, '
+                  f'because the optimizer steps every {counts} iterations')
     if cfg.get('compile') and 'architecture' in cfg.model:
         raise ValueError('compile: would compile the whole step with its recorders. Remove it, and add '
                          "dict(type='mmkd_plugin.CompileStudentHook') to custom_hooks")
+    if 'max_iters' in cfg.get('train_cfg', {}):
+        for name, entries in (cfg.model.get('loss_schedules') or {}).items():
+            if any(entry.get('by_epoch') for entry in (entries if isinstance(entries, (list, tuple)) else [entries])):
+                raise ValueError(f'model.loss_schedules.{name}: by_epoch=True, but train_cfg counts iterations. Give '
+                                 'begin and end in iterations')
     if args.check_teacher:
         if 'teacher' not in cfg.model:
             raise ValueError(f'--check-teacher: model is a {cfg.model.get("type")}, which has no teacher')

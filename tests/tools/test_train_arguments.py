@@ -67,3 +67,22 @@ def test_compile_is_answered_with_the_hook():
     with pytest.raises(ValueError, match='CompileStudentHook'):
         load(cfg_options={'compile': True})
     assert load('configs/cifar/vgg8_b64_cifar100.py', cfg_options={'compile': True}).compile is True
+
+
+def test_the_learning_rate_is_scaled_with_the_images_of_an_optimizer_step(capsys):
+    base = load().auto_scale_lr.base_batch_size
+    options = {'optim_wrapper.accumulative_counts': 4}
+    assert load(auto_scale_lr=True, cfg_options=options).auto_scale_lr.base_batch_size == base / 4
+    assert 'the optimizer steps every 4 iterations' in capsys.readouterr().out
+    assert load(cfg_options=options).auto_scale_lr.base_batch_size == base
+
+
+def test_a_loss_schedule_by_epoch_needs_epochs(tmp_path):
+    config = tmp_path / 'a.py'
+    config.write_text(f"""_base_ = {str(Path('configs/amd_retinanet_coco.py').resolve())!r}
+model = dict(loss_schedules={{'loss_amd*': dict(start_factor=0, end=1, by_epoch=True)}})
+""")
+    assert load(str(config)).model.loss_schedules
+    config.write_text(config.read_text() + "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=9)\n")
+    with pytest.raises(ValueError, match='model.loss_schedules.loss_amd.*train_cfg counts iterations'):
+        load(str(config))
