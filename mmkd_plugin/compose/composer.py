@@ -48,6 +48,9 @@ def compose(student: str,
     path = Path(out)
     if path.exists() and not overwrite:
         raise ValueError(f'out: {out!r} exists; choose another name, or overwrite it with --overwrite')
+    for field, given in (('STUDENT', student), ('TEACHER', teacher)):
+        if '::' not in given and path.resolve() == Path(given).resolve():
+            raise ValueError(f'out: {out!r} is the {field}. Choose another name')
     if path.suffix != '.py' or not path.parent.is_dir():
         raise ValueError(f'out: expected a .py file in an existing directory, got {out!r}')
     if base and method == 'amd':

@@ -532,3 +532,14 @@ model = dict(backbone=dict(base_channels={width}, stem_channels={width}), head=d
         f"compose_config: out: '{out}' exists; choose another name, or overwrite it with --overwrite\n")
     other = run('tools/distill.py', *pair[:-1], tmp_path / 'none.py', '--resume', ok=False)
     assert f"--resume: no config '{tmp_path / 'none.py'}'" in other
+
+
+def test_the_students_own_config_is_not_written_over(tmp_path):
+    config, weights = tmp_path / 'small.py', tmp_path / 'w.pth'
+    config.write_text("_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']")
+    weights.touch()
+    before = config.read_text()
+    with pytest.raises(ValueError, match='out: .* is the STUDENT. Choose another name'):
+        compose(str(config), 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py', 'feature', str(weights), str(config),
+                overwrite=True)
+    assert config.read_text() == before
