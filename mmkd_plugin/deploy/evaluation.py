@@ -13,7 +13,8 @@ from ..checkpoints.guard import data_only
 from ..config.preflight import missing_inputs
 
 # factor to points of 100, by the end of the metric's name
-_POINTS = {'bbox_mAP': 100., 'mAP': 100., 'PQ': 1., 'accuracy/top1': 1., 'top1': 1., 'f1-score': 1.}
+_POINTS = {'bbox_mAP': 100., 'bbox_AP': 100., 'multi-label/mAP': 1., 'mAP': 100., 'PQ': 1., 'accuracy/top1': 1.,
+           'top1': 1., 'f1-score': 1.}
 
 
 def evaluate(plain: Config, model: nn.Module, option: str = '--evaluate',

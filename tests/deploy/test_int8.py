@@ -121,6 +121,7 @@ def test_a_detector_keeps_its_decoding_and_nms_in_float(build, tmp_path, model):
 def test_the_figure_that_decides():
     assert headline({'coco/bbox_mAP_50': 0.6, 'coco/bbox_mAP': 0.4}) == ('coco/bbox_mAP', pytest.approx(40))
     assert headline({'accuracy/top1': 70., 'accuracy/top5': 90.}) == ('accuracy/top1', 70.)
+    assert headline({'multi-label/mAP': 85., 'multi-label/f1-score': 3.}) == ('multi-label/mAP', 85.)
     with pytest.raises(ValueError, match='test_evaluator: got the metrics a/recall, expected one'):
         headline({'a/recall': 1.})
 

@@ -404,7 +404,8 @@ class FeatureDistiller(ConfigurableDistiller):
 
         For the arguments, see :meth:`measure`.
         """
-        groups = {name: [losses[loss] for loss in names] for name, names in self.losses_by_base.items()}
+        groups = {name: [losses[loss] for loss in names] for name, names in self.losses_by_base.items()
+                  if not (name in self.autos and self.autos[name].warming_up)}
         groups['DAM'] = [loss for name, loss in losses.items() if name.startswith('loss_dam_')]
         sums = {name: sum(parts) for name, parts in groups.items() if parts}
         maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
