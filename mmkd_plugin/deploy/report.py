@@ -13,6 +13,7 @@ from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_cfg_path
 from ..config.metafile import metafile_metrics
 from ..config.teachers import teachers_in
+from ..models.algorithms.inherit import num_classes
 from .cost import latency, size
 from .evaluation import evaluate
 from .onnx_model import OnnxModel
@@ -46,17 +47,20 @@ class Report:
         self.plain = plain_config(cfg)
         self.one = {key: values[:1] for key, values in batch.items()}
         self.models: dict[str, nn.Module] = {}
+        student = build_student(cfg, exported, trust_checkpoint).eval()
         teachers = {f'teacher{name}': (teacher, weights) for name, teacher, weights in teachers_in(cfg.model)}
         self.found: dict[str, dict | None] = {} if teachers else dict(teacher=None)
         self.without_weights: set[str] = set()  # teachers
         for name, (teacher, weights) in teachers.items():
             try:
-                self._add_teacher(name, teacher, weights or '')
-            except ValueError as error:
+                self._add_teacher(name, teacher, weights or '', num_classes(student))
+            except Exception as error:  # the export of the student does not need it
+                self.models.pop(name, None)
+                self.without_weights.discard(name)
                 self.found[name] = dict(missing=str(error))
         if baseline:
             self._add('baseline', build_student(cfg, baseline, trust_checkpoint).eval())
-        self._add('student', build_student(cfg, exported, trust_checkpoint).eval(), exported)
+        self._add('student', student, exported)
         self.input = list(self.models['student'].data_preprocessor(dict(self.one), False)['inputs'].shape)
 
     def add_onnx(self, name: str, path: str, result: dict) -> None:
@@ -100,8 +104,12 @@ class Report:
         self.found[name] = dict(costs, accuracy=None, file_bytes=(
             Path(file).stat().st_size if file else _file_bytes(model)))
 
-    def _add_teacher(self, name: str, config: dict, weights: str) -> None:
+    def _add_teacher(self, name: str, config: dict, weights: str, classes: list[int]) -> None:
         teacher = self._build_teacher(name, config).eval()
+        own = num_classes(teacher)
+        if own and own != classes:
+            raise ValueError(f'it has {own} classes and the student {classes}, so it cannot be evaluated on the same '
+                             'data')
         if Path(weights).is_file():
             load_completely(teacher, weights, name.replace('teacher', 'teacher_ckpt', 1), self.trust)
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import classification_batch, classifier
+from conftest import classification_batch, classifier, detection_batch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
@@ -27,6 +27,7 @@ from test_digits_configs import data, load, teacher  # noqa: F401  fixtures
 from mmkd_plugin.checkpoints.resume import add_safety_hooks
 from mmkd_plugin.deploy import cost, student
 from mmkd_plugin.deploy.onnx_export import export_onnx
+from mmkd_plugin.deploy.report import Report
 from mmkd_plugin.deploy.sample_batch import sample_batch
 from mmkd_plugin.deploy.student import build_student, export_student, plain_config
 
@@ -385,3 +386,16 @@ def test_rtmdets_configs_average_the_student_and_end_the_distillation():
         ema, switch, stop = cfg.custom_hooks[:3]
         assert ema.type == 'EMAHook' and stop.type == 'mmrazor.StopDistillHook'
         assert stop.stop_epoch == switch.switch_epoch == 280 < cfg.train_cfg.max_epochs
+
+
+def test_the_report_leaves_out_a_teacher_with_other_classes_or_that_does_not_run(tmp_path):
+    init_default_scope('mmdet')
+    for change, message in ((dict(num_classes=7), r'\[7\] classes and the student \[10\]'),
+                            (dict(in_channels=9), 'channels')):
+        cfg = Config.fromfile(DIGITS)
+        cfg.model.teacher = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c32_digits.py').model
+        cfg.model.teacher.bbox_head.update(change)
+        cfg.model.teacher_ckpt = None
+        torch.save(dict(meta={}, state_dict=MODELS.build(plain_config(cfg).model).state_dict()), tmp_path / 's.pth')
+        report = Report(cfg, str(tmp_path / 's.pth'), detection_batch(size=64))
+        assert set(report.models) == {'student'} and re.search(message, report.found['teacher']['missing'])
