@@ -183,9 +183,10 @@ def summary(task: Task, found: Found) -> str:
     teacher, alone = values(task, found, 'teacher')[0], values(task, found, 'student')
     means = {name: statistics.fmean(values(task, found, name).values())
              for name in task.experiments if name != 'student' and name in found}
+    most = max((len(found[name]) for name in means), default=0)
     sentences = []
     if alone and means:
-        best = max(means, key=means.get)
+        best = max((name for name in means if len(found[name]) == most), key=means.get)  # of those with most seeds
         sentences.append(
             f'{task.title}: the teacher has {teacher:.1f} {task.unit}, the student alone '
             f'{statistics.fmean(alone.values()):.1f}, and with {task.experiments[best].label} {means[best]:.1f}, which '
