@@ -37,8 +37,9 @@ class Report:
         models: by name, models with a ``test_step``.
         found: by name, the results. ``latency_ms`` is from pixels to detections or scores, with post-processing;
             ``file_bytes`` is the size of the weights alone; ``accuracy`` is by metric. Several teachers are
-            ``teacher.NAME``. The teacher is None if the config has none, and ``dict(missing=...)`` if its config
-            is missing, it has other classes than the student, or it does not run on the student's images. Its accuracy is evaluated or taken from its library's metafile; ``accuracy_from`` tells which.
+            ``teacher.NAME``. The teacher is None if the config has none, and ``dict(missing=...)`` if its config is
+            missing, it has other classes than the student, or it does not run on the student's images. Its accuracy is
+            evaluated or taken from its library's metafile; ``accuracy_from`` tells which.
     """
 
     def __init__(self, cfg: Config, exported: str, batch: dict, baseline: str | None = None,
