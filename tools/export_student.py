@@ -69,6 +69,7 @@ def export(args: argparse.Namespace) -> None:
     images = calibration_batches(plain, args.calibrate) if args.int8 else []
     if args.onnx is not None:
         graph_of(build_student(cfg, args.checkpoint, args.trust_checkpoint), args.onnx_raw)
+        check_pixels(test_pipeline(plain))
     say_exported(args, export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint))
     model = build_student(cfg, args.out, args.trust_checkpoint).eval()
     batch, source = sample_batch(plain, image_channels(model))
@@ -144,7 +145,27 @@ def about(args: argparse.Namespace, plain: Config) -> dict:
     """Returns the metadata that serving needs besides the graph: the classes and the size of the images."""
     meta = read_checkpoint(args.out, 'out', args.trust_checkpoint)['meta'].get('dataset_meta') or {}
     found = dict(classes=list(meta['classes'])) if meta.get('classes') else {}
-    return {**found, **preparation(plain.test_dataloader.dataset.get('pipeline', []))}
+    return {**found, **preparation(test_pipeline(plain))}
+
+
+def test_pipeline(plain: Config) -> list[dict]:
+    return (plain.get('test_dataloader') or plain.val_dataloader).dataset.get('pipeline', [])
+
+
+def check_pixels(pipeline: list[dict]) -> None:
+    """Checks that a test pipeline gives pixels, and that its channel order is known from ``img_path``.
+
+    Raises:
+        ValueError: the pipeline normalises images, or reads files and does not say so in ``meta_keys``.
+    """
+    kinds = [str(step['type']).split('.')[-1] for step in pipeline]
+    if 'Normalize' in kinds:
+        raise ValueError('--onnx: the test pipeline has Normalize, so the graph could not take pixels. Set mean, std '
+                         'and bgr_to_rgb or to_rgb in data_preprocessor instead')
+    for step in pipeline:
+        if 'LoadImageFromFile' in kinds and 'img_path' not in step.get('meta_keys', ['img_path']):
+            raise ValueError(f'--onnx: meta_keys of {step["type"]} in the test pipeline lacks img_path, from which the '
+                             'channel order of the images is known. Add it')
 
 
 def preparation(pipeline: list[dict]) -> dict:

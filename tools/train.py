@@ -12,6 +12,7 @@ import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
 from mmkd_plugin.config.input_size import fixed_input_size
+from mmkd_plugin.config.iterations import check_counts_iterations
 from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.config.preflight import missing_inputs
 
@@ -66,10 +67,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise ValueError('compile: would compile the whole step with its recorders. Remove it, and add '
                          "dict(type='mmkd_plugin.CompileStudentHook') to custom_hooks")
     if 'max_iters' in cfg.get('train_cfg', {}):
-        for name, entries in (cfg.model.get('loss_schedules') or {}).items():
-            if any(entry.get('by_epoch') for entry in (entries if isinstance(entries, (list, tuple)) else [entries])):
-                raise ValueError(f'model.loss_schedules.{name}: by_epoch=True, but train_cfg counts iterations. Give '
-                                 'begin and end in iterations')
+        check_counts_iterations(cfg)
     if args.check_teacher:
         if 'teacher' not in cfg.model:
             raise ValueError(f'--check-teacher: model is a {cfg.model.get("type")}, which has no teacher')

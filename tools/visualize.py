@@ -61,6 +61,7 @@ def main() -> None:
 
 @torch.no_grad()
 def visualize(cfg: Config, args: argparse.Namespace) -> None:
+    check_names(args.images)
     model, content = build_start(cfg), read_checkpoint(args.checkpoint, 'checkpoint', args.trust_checkpoint)
     items = [read(cfg, path) for path in args.images]
     before = [see(model, item) for item in items]
@@ -113,6 +114,9 @@ def see(model: TeacherStudentDistill, item: dict) -> tuple[Sequence[BaseDataElem
     inputs, samples = data['inputs'], data['data_samples']
     views = look(model, inputs, samples, tuple(item['inputs'].shape[1:]))
     predictions = [predict(teacher.network, *teacher.batch(inputs, samples)) for teacher in model.teachers.values()]
+    if 'scale_factor' in samples[0]:
+        for prediction in predictions:  # the picture is the student's image, whatever teacher_input_size is
+            prediction.set_metainfo(dict(scale_factor=samples[0].scale_factor))
     return [*predictions, predict(model.student, inputs, samples)], views
 
 
@@ -126,6 +130,15 @@ def predict(network: BaseModel, inputs: Tensor, samples: list) -> BaseDataElemen
         samples = [DataSample(metainfo=sample.metainfo) for sample in samples]
     prediction, = network(inputs, copy.deepcopy(samples), mode='predict')
     return prediction
+
+
+def check_names(paths: list[Path]) -> None:
+    """Raises ``ValueError`` if the pictures of two images would have one name."""
+    stems = [path.stem for path in paths]
+    for path in paths:
+        if stems.count(path.stem) > 1:
+            raise ValueError(f'images: several are named {path.stem!r}, and their pictures would have one name. Draw '
+                             'them separately, with another --out-dir')
 
 
 if __name__ == '__main__':

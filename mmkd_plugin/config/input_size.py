@@ -21,14 +21,20 @@ def fixed_input_size(cfg: Config) -> tuple[int, int] | None:
         if kind in _VARIES or kind == 'Resize' and transform.get('keep_ratio'):
             found = None
         elif kind == 'RandomCrop':
-            found = _size(transform.get('crop_size')) if (scope or cfg.get('default_scope')) == 'mmpretrain' else None
+            found = _size(transform.get('crop_size'), height_first=True) if (
+                scope or cfg.get('default_scope')) == 'mmpretrain' else None
         elif kind in _FIXES and transform.get(_FIXES[kind]):
-            found = _size(transform[_FIXES[kind]])
+            found = _size(transform[_FIXES[kind]], height_first=kind == 'RandomResizedCrop')
     return found
 
 
-def _size(scale: int | tuple[int, int]) -> tuple[int, int] | None:
-    """Converts the (width, height) or the side in a pipeline to (height, width)."""
+def _size(scale: int | tuple[int, int], height_first: bool = False) -> tuple[int, int] | None:
+    """Converts a size or the side in a pipeline to (height, width).
+
+    Sizes are (width, height) in MMCV and, as ``height_first``, (height, width) in MMPretrain's random crops.
+    """
     if isinstance(scale, (list, tuple)):
-        return (scale[1], scale[0]) if len(scale) == 2 and all(isinstance(x, int) for x in scale) else None
+        if len(scale) != 2 or not all(isinstance(x, int) for x in scale):
+            return None
+        return tuple(scale) if height_first else (scale[1], scale[0])
     return (scale, scale) if isinstance(scale, int) else None

@@ -11,8 +11,6 @@ from ..checkpoints.unpickler import RefusedError
 from .cfg_path import read_cfg_path
 from .teachers import teachers_in
 
-_WEIGHTS = ('https://', 'http://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'modelzoo://')
-
 
 def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = False) -> list[str]:
     """Returns a sentence for each file that is missing, cannot be downloaded or is refused.
@@ -115,7 +113,7 @@ def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterato
     """Checks weights files in ``init_cfg``, with or without ``type``, and in ``pretrained``, at any depth."""
     key = option.rpartition('.')[2]
     if isinstance(node, str):
-        if key == 'checkpoint' or key == 'pretrained' and (node.startswith(_WEIGHTS) or Path(node).suffix):
+        if key == 'checkpoint' or key == 'pretrained' and ('://' in node or Path(node).suffix):
             yield from _missing_file(node, option, trust)
         return
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
@@ -124,13 +122,13 @@ def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterato
 
 
 def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
-    if not path.startswith(_WEIGHTS) and not Path(path).exists():
+    if '://' not in path and not Path(path).expanduser().exists():
         yield _sentence(option, path)
         return
     try:
         read_checkpoint(path, option, trust)  # downloads it once, to MMEngine's cache
     except ValueError as error:
-        if isinstance(error.__cause__, RefusedError) or not path.startswith(_WEIGHTS):
+        if isinstance(error.__cause__, RefusedError) or '://' not in path:
             yield str(error)
         else:
             yield _sentence(option, path, f' ({error.__cause__})')

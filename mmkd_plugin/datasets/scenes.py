@@ -105,7 +105,8 @@ def make_scenes(root: str | Path, record: str, settings: dict, sources: Callable
             rng = np.random.default_rng([seed, list(splits).index(split), i])
             image, info, annotations = draw_scene(rng, splits[split], size)
             name = f'{i:05d}.png'
-            cv2.imwrite(str(made / split / name), image[..., ::-1])
+            if not cv2.imwrite(str(made / split / name), image[..., ::-1]):
+                raise OSError(f'cannot write {str(made / split / name)!r}')
             book = coco[split]
             book['images'].append(dict(id=i, file_name=name, width=size, height=size, **info))
             for annotation in annotations:  # pycocotools takes an id of 0 for "no match"

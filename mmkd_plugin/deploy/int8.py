@@ -30,6 +30,7 @@ def quantize(path: str, out: str, batches: list[dict], evaluate: Callable[[OnnxM
     unsigned, per tensor, with the smallest and largest value on the batches. Normalisation, decoding and NMS stay in
     float.
 
+    Convolutions with the same weights, as those of a head on several levels, are one layer, named as the first of them.
     The most costly layers can stay in float. The cost of a layer is the change of the network's outputs when only this
     layer is quantised, :math:`\\lVert y - y_{float} \\rVert / \\lVert y_{float} \\rVert`, averaged over outputs. For a
     layer of the first stage, outputs of the second stage do not count, because other proposals are other regions. If
@@ -106,7 +107,11 @@ class _Network:
         self.model = load_model_with_shape_infer(path)
         self.nodes = nodes = [node for node in self.model.graph.node if node.name.startswith(_NETWORK)]
         weights = {entry.name for entry in self.model.graph.initializer}
-        self.layers = [node.name for node in nodes if node.op_type in LAYERS and node.input[1] in weights]
+        shared: dict[str, list[str]] = {}  # nodes by their weight
+        for node in nodes:
+            if node.op_type in LAYERS and node.input[1] in weights:
+                shared.setdefault(node.input[1], []).append(node.name)
+        self.layers = {names[0]: names for names in shared.values()}
         if not self.layers:
             raise ValueError(f'--int8: {str(path)!r} has no layer with weights under the names that --onnx writes. '
                              'Export it with --onnx of this version')
@@ -128,20 +133,20 @@ class _Network:
     def costs(self) -> dict[str, float]:
         """Returns, by layer, the relative change of the network's outputs when only this layer is quantised."""
         expected = self._outputs(self.probed)
-        return {layer: _change(self._outputs(self._quantized(self.probed, [layer])), expected, self._behind(layer))
-                for layer in self.layers}
+        return {layer: _change(self._outputs(self._quantized(self.probed, names)), expected, self._behind(names))
+                for layer, names in self.layers.items()}
 
-    def _behind(self, layer: str) -> list[bool]:
-        """Returns which outputs depend on a layer, through the network alone."""
+    def _behind(self, layers: list[str]) -> list[bool]:
+        """Returns which outputs depend on some layers, through the network alone."""
         tensors: set[str] = set()
         for node in self.nodes:  # in the order of computation
-            if node.name == layer or tensors.intersection(node.input):
+            if node.name in layers or tensors.intersection(node.input):
                 tensors.update(node.output)
         return [name in tensors for name in self.outputs]
 
     def write(self, out: Path, exclude: list[str]) -> Path:
         import onnx
-        layers = [layer for layer in self.layers if layer not in exclude]
+        layers = [name for layer, names in self.layers.items() if layer not in exclude for name in names]
         onnx.save(self._quantized(self.model, [*layers, *self.between]), str(out))
         return out
 

@@ -1,5 +1,5 @@
 """Pseudo-labels: a teacher's predictions on unlabelled images."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
+from mmengine.utils import scandir
 from torch import nn
 
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_model
 from ..config.preflight import missing_inputs
 from ..config.teachers import names_of
+from ..models.algorithms.inherit import num_classes
 from .sample_batch import as_tested
 from .student import plain_config
 
@@ -25,10 +27,18 @@ IOU = 0.5  # smallest IoU of a correct detection
 Track = Callable[[Sequence], Iterable]
 
 
+class UnreadableError(ValueError):
+    """A file is not an image."""
+
+
 def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> nn.Module:
     """Returns the teacher of a distillation, or the model of a plain config, with these weights, in eval mode.
 
     A teacher without its own preprocessor gets the student's.
+
+    Raises:
+        ValueError: there are several teachers, the teacher has other classes than the student, or the weights do not
+            fit.
     """
     plain = plain_config(cfg)
     names = names_of(cfg.model.get('teacher'))
@@ -43,17 +53,23 @@ def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
             model.setdefault('data_preprocessor', preprocessor)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     teacher = build_model('model', model, trust_checkpoint)
+    if 'architecture' in cfg.model:
+        classes = num_classes(build_model('architecture', plain.model, trust_checkpoint)), num_classes(teacher)
+        if classes[1] and classes[0] != classes[1]:
+            raise ValueError(f'CONFIG: its data have the student\'s {classes[0]} classes, and the teacher has '
+                             f'{classes[1]}. Pass the config of the teacher')
     load_completely(teacher, checkpoint, 'TEACHER_CKPT', trust_checkpoint)
     return teacher.eval()
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """Returns the image files in a folder and its subfolders, sorted.
+    """Returns the image files in a folder and its subfolders, sorted. Links are followed, hidden files left out.
 
     Raises:
         ValueError: there are none.
     """
-    found = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in ENDINGS)
+    found = sorted(Path(folder, path) for path in scandir(folder, ENDINGS, recursive=True, case_sensitive=False)
+                   ) if Path(folder).is_dir() else []
     if not found:
         raise ValueError(f'IMAGES: no images in the folder {str(folder)!r}, expected files that end with '
                          f'{", ".join(ENDINGS)}')
@@ -67,11 +83,11 @@ def predict(model: nn.Module, plain: Config, path: Path) -> tuple[Any, tuple[int
     The image is prepared by the test pipeline of the plain config.
 
     Raises:
-        ValueError: the file is not an image.
+        UnreadableError: the file is not an image.
     """
     image = cv2.imread(str(path))
     if image is None:
-        raise ValueError(f'IMAGES: {str(path)!r} cannot be read as an image. Remove it')
+        raise UnreadableError(f'IMAGES: {str(path)!r} cannot be read as an image')
     return model.test_step(pseudo_collate([as_tested(plain, image, str(path))]))[0], image.shape[:2]
 
 
@@ -150,15 +166,14 @@ def coco_annotations(model: nn.Module, plain: Config, folder: Path, threshold: f
     """
     categories = _categories(plain)
     files, annotations = [], []
-    for path in track(images_in(folder)):
-        sample, (height, width) = predict(model, plain, path)
+    for path, sample, (height, width) in _predictions(model, plain, folder, track):
         files.append(dict(id=len(files), file_name=path.relative_to(folder).as_posix(), height=height, width=width))
         found = sample.pred_instances
         sizes = found.bboxes[:, 2:] - found.bboxes[:, :2]
         found = found[(found.scores >= threshold) & (sizes >= 1).all(1)].cpu()
         for (x1, y1, x2, y2), label, score in zip(found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist()):
             annotations.append(dict(
-                id=len(annotations), image_id=files[-1]['id'], category_id=categories[label]['id'], iscrowd=0,
+                id=len(annotations) + 1, image_id=files[-1]['id'], category_id=categories[label]['id'], iscrowd=0,
                 bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1) * (y2 - y1), score=score))
     return dict(images=files, annotations=annotations, categories=categories)
 
@@ -169,11 +184,22 @@ def class_list(model: nn.Module, plain: Config, folder: Path, threshold: float, 
     MMPretrain's ``CustomDataset`` reads these lines as ``ann_file``, with the folder as ``data_prefix``.
     """
     lines = []
-    for path in track(images_in(folder)):
-        sample, _ = predict(model, plain, path)
+    for path, sample, _ in _predictions(model, plain, folder, track):
         if float(sample.pred_score.max()) >= threshold:
             lines.append(f'{path.relative_to(folder).as_posix()} {int(sample.pred_label)}')
     return lines
+
+
+def _predictions(model: nn.Module, plain: Config, folder: Path,
+                 track: Track) -> Iterator[tuple[Path, Any, tuple[int, int]]]:
+    """Yields each image file of a folder with the results of :func:`predict`. It names files that it cannot read."""
+    for path in track(images_in(folder)):
+        try:
+            sample, size = predict(model, plain, path)
+        except UnreadableError as error:
+            print(f'\n{error}. It is left out')
+        else:
+            yield path, sample, size
 
 
 def _categories(plain: Config) -> list[dict]:

@@ -123,6 +123,9 @@ class Report:
     def _build_teacher(self, name: str, config: dict) -> BaseModel:
         if config.get('cfg_path'):
             return build_cfg_path(config.cfg_path, name, trust_checkpoint=self.trust)
+        preprocessor = self.plain.model.get('data_preprocessor') or self.cfg.get('data_preprocessor')
+        if preprocessor:  # as in the distillation
+            config = {'data_preprocessor': preprocessor, **config}
         init_default_scope(self.cfg.get('default_scope', 'mmengine'))
         with data_only(self.trust):
             return MODELS.build(config)

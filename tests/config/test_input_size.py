@@ -22,6 +22,9 @@ def test_of_library_configs(name, size):
     ([dict(type='Resize', scale=(300, 200), keep_ratio=True)], None),
     ([dict(type='RandomCrop', crop_size=(64, 32))], None),
     ([dict(type='mmpretrain.RandomCrop', crop_size=32, padding=4)], (32, 32)),
+    ([dict(type='mmpretrain.RandomCrop', crop_size=(48, 32))], (48, 32)),  # MMPretrain's random crops, the height
+    ([dict(type='mmpretrain.RandomResizedCrop', scale=(48, 32))], (48, 32)),
+    ([dict(type='CenterCrop', crop_size=(48, 32))], (32, 48)),
     ([dict(type='CenterCrop', crop_size=32), dict(type='ResizeEdge', scale=64)], None),
     ([dict(type='Pad', size_divisor=32)], None),
     ([dict(type='LoadImageFromFile')], None),

@@ -67,6 +67,16 @@ def test_a_name_of_a_hub_is_no_file(tmp_path):
         a=dict(pretrained='google/vit'), b=dict(pretrained=True), c=dict(pretrained=None)))) == []
 
 
+def test_weights_elsewhere_are_not_files(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.save({}, tmp_path / 'w.pth')
+    cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt='~/w.pth')
+    assert missing_inputs(cfg) == []
+    cfg.model.teacher_ckpt = 's3://bucket/w.pth'
+    sentence, = missing_inputs(cfg)
+    assert sentence.startswith('model.teacher_ckpt: ') and 'only MMEngine\'s own loader' in sentence
+
+
 def test_how_to_make_the_data_is_said(tmp_path):
     cfg = config(tmp_path, architecture=dict(type='X'))
     cfg.val_evaluator.ann_file = 'no.json'

@@ -118,6 +118,26 @@ def test_a_detector_keeps_its_decoding_and_nms_in_float(build, tmp_path, model):
     assert np.abs(np.sort(scores) - np.sort(wanted)).max() < 0.1
 
 
+def test_a_layer_of_several_levels_stays_in_float_on_all(build, tmp_path):
+    """The weights of a head's layer are one tensor, and ONNX Runtime would replace it for all levels."""
+    model = lively(build(retinanet()))
+    export_onnx(model, SCENES[0], str(tmp_path / 'a.onnx'))
+    written = []
+
+    def evaluate(runtime):
+        written.append(onnx.load(runtime.session._model_path))
+        return {'coco/bbox_mAP': 0.3 + 0.1 * (len(written) > 3)}
+    found = quantize(str(tmp_path / 'a.onnx'), str(tmp_path / 'b.onnx'), SCENES, evaluate, {'coco/bbox_mAP': 0.4})
+    nodes = {node.name: node for node in onnx.load(str(tmp_path / 'a.onnx')).graph.node}
+    weights = {nodes[name].input[1] for name in found['left_in_float']}
+    sharing = {name for name, node in nodes.items() if node.op_type == 'Conv' and node.input[1] in weights}
+    assert len(weights) == len(found['left_in_float']) == 4 and len(sharing) > 4
+    assert found['layers'] == len({node.input[1] for node in nodes.values() if node.op_type == 'Conv'})
+    assert sharing <= in_eight_bits(written[0]) and not sharing & in_eight_bits(written[-1])
+    kept = {entry.name for entry in written[-1].graph.initializer}
+    assert weights <= kept
+
+
 def test_the_figure_that_decides():
     assert headline({'coco/bbox_mAP_50': 0.6, 'coco/bbox_mAP': 0.4}) == ('coco/bbox_mAP', pytest.approx(40))
     assert headline({'accuracy/top1': 70., 'accuracy/top5': 90.}) == ('accuracy/top1', 70.)

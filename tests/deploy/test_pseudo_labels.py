@@ -11,7 +11,7 @@ from conftest import classifier, retinanet
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmkd_plugin.deploy.pseudo_labels import best_threshold
+from mmkd_plugin.deploy.pseudo_labels import best_threshold, images_in
 
 TOOL = Path(__file__).parents[2] / 'tools/pseudo_label.py'
 OTHER = dict(mean=[10.0, 120.0, 200.0], std=[20.0, 60.0, 90.0])
@@ -137,6 +137,36 @@ def test_of_a_classifier(monkeypatch, capsys, tmp_path):
     assert f'--score-thr: {scores[ranked[3]]:.4f}, with an F1 of {10 / 13:.3f}' in out
     assert (tmp_path / 'auto.txt').read_text().splitlines() == [
         line for line in lines if line.split()[0] not in wrong]
+
+
+def test_files_that_are_no_images_are_named_and_linked_folders_read(monkeypatch, capsys, tmp_path):
+    folder = images(tmp_path / 'images')
+    (tmp_path / 'elsewhere').mkdir()
+    images(tmp_path / 'elsewhere', 1)
+    (folder / 'link').symlink_to(tmp_path / 'elsewhere')
+    (folder / 'broken.PNG').write_text('x')
+    names = [path.relative_to(folder).as_posix() for path in images_in(folder)]
+    assert names == ['0.png', '2.png', 'broken.PNG', 'deep/1.png', 'deep/3.png', 'link/0.png']
+    dataset = dict(type='CustomDataset', data_root=str(folder), ann_file='', pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='PackInputs')])
+    network = write(tmp_path, 'mmpretrain', classifier(8), dataset, classifier(8))
+    torch.save(network.state_dict(), tmp_path / 'teacher.pth')
+    out = run(monkeypatch, capsys, tmp_path / 'config.py', tmp_path / 'teacher.pth', folder, '-o', tmp_path / 'a.txt',
+              '--score-thr', '0')
+    assert 'broken.PNG\' cannot be read as an image. It is left out' in out and '5 labels of 6 images' in out
+    assert [line.split()[0] for line in (tmp_path / 'a.txt').read_text().splitlines()] == [
+        name for name in names if name != 'broken.PNG']
+
+
+def test_a_teacher_of_other_classes_needs_its_own_config(monkeypatch, capsys, tmp_path):
+    student, teacher = classifier(8), classifier(8)
+    teacher['head']['num_classes'] = 5
+    network = write(tmp_path, 'mmpretrain', dict(type='mmkd_plugin.TeacherStudentDistill', architecture=student,
+                                                 teacher=teacher), dict(type='CustomDataset'), teacher)
+    torch.save(network.state_dict(), tmp_path / 'teacher.pth')
+    with pytest.raises(SystemExit, match=r"CONFIG: .*the student's \[4\] classes, and the teacher has \[5\]"):
+        run(monkeypatch, capsys, tmp_path / 'config.py', tmp_path / 'teacher.pth', images(tmp_path / 'images'), '-o',
+            tmp_path / 'a.txt')
 
 
 def test_what_is_refused(monkeypatch, capsys, tmp_path):

@@ -266,6 +266,22 @@ def test_a_model_without_a_graph_is_refused_before_anything_is_written(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
+@pytest.mark.parametrize('step, message', [
+    ("dict(type='Normalize', mean=[0, 0, 0], std=[1, 1, 1])", '--onnx: the test pipeline has Normalize'),
+    ("dict(type='PackDetInputs', meta_keys=('img_id', 'img_shape'))", '--onnx: meta_keys of PackDetInputs .*img_path'),
+])
+def test_a_pipeline_that_gives_no_pixels_of_known_order_is_refused(step, message, tmp_path, export):
+    base = Path('configs/benchmarks/digits/retinanet_r18-c16_digits-300.py').resolve()
+    (tmp_path / 'c.py').write_text(f"""_base_ = {str(base)!r}
+test_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), {step}]))
+""")
+    init_default_scope('mmdet')
+    torch.save(MODELS.build(Config.fromfile(base).model).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=message):
+        export(tmp_path / 'c.py', tmp_path / 'a.pth', tmp_path / 'student.pth', '--onnx')
+    assert {path.name for path in tmp_path.iterdir()} == {'a.pth', 'c.py'}
+
+
 def test_a_torn_checkpoint_or_an_existing_file_leaves_nothing_behind(averaged, tmp_path):
     cfg, _, work_dir = averaged
     whole = (work_dir / 'epoch_3.pth').read_bytes()
@@ -399,3 +415,14 @@ def test_the_report_leaves_out_a_teacher_with_other_classes_or_that_does_not_run
         torch.save(dict(meta={}, state_dict=MODELS.build(plain_config(cfg).model).state_dict()), tmp_path / 's.pth')
         report = Report(cfg, str(tmp_path / 's.pth'), detection_batch(size=64))
         assert set(report.models) == {'student'} and re.search(message, report.found['teacher']['missing'])
+
+
+def test_a_teacher_without_a_preprocessor_gets_the_students_in_the_report(tmp_path):
+    cfg = Config.fromfile(DIGITS)
+    cfg.model.teacher = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c32_digits.py').model
+    cfg.model.teacher.pop('data_preprocessor', None)
+    cfg.model.teacher_ckpt = None
+    torch.save(dict(meta={}, state_dict=MODELS.build(plain_config(cfg).model).state_dict()), tmp_path / 's.pth')
+    models = Report(cfg, str(tmp_path / 's.pth'), detection_batch(size=64)).models
+    mean = models['student'].data_preprocessor.mean
+    assert mean.sum() > 0 and torch.equal(models['teacher'].data_preprocessor.mean, mean)

@@ -86,3 +86,20 @@ model = dict(loss_schedules={{'loss_amd*': dict(start_factor=0, end=1, by_epoch=
     config.write_text(config.read_text() + "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=9)\n")
     with pytest.raises(ValueError, match='model.loss_schedules.loss_amd.*train_cfg counts iterations'):
         load(str(config))
+
+
+def test_checkpoints_and_learning_rates_by_epoch_need_epochs(tmp_path):
+    config = tmp_path / 'a.py'
+    parts = f"""_base_ = {str(Path('configs/amd_retinanet_coco.py').resolve())!r}
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=90000, val_interval=10000)
+""", 'default_hooks = dict(checkpoint=dict(by_epoch=False, interval=10000))\n', """param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type='MultiStepLR', by_epoch=BY_EPOCH, milestones=[60000, 80000])]
+"""
+    for text, message in ((parts[0], r'^default_hooks.checkpoint: counts epochs.*could not be resumed'),
+                          (''.join(parts), r'^param_scheduler.1: MultiStepLR counts epochs.*never act')):
+        config.write_text(text.replace('BY_EPOCH', 'True'))
+        with pytest.raises(ValueError, match=message):
+            load(str(config))
+    config.write_text(''.join(parts).replace('BY_EPOCH', 'False'))
+    assert load(str(config)).train_cfg.max_iters == 90000

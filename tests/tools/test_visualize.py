@@ -41,6 +41,8 @@ def test_a_sheet_of_the_demos_student(tool, data, teacher, tmp_path):  # noqa: F
     sheets = [cv2.imread(str(tmp_path / 'out' / image.name)) for image in images]
     assert all(sheet.shape[1] > 1500 and sheet.shape[0] > 1500 for sheet in sheets)
     assert sheets[0].shape != sheets[1].shape or (sheets[0] != sheets[1]).any()
+    with pytest.raises(SystemExit, match=f"images: several are named '{images[0].stem}'"):
+        tool('visualize.py', config, tmp_path / 'student.pth', images[0], images[0])
     with pytest.raises(SystemExit, match='images: .*none.png.* not found, or not an image'):
         tool('visualize.py', config, tmp_path / 'student.pth', 'none.png', '--cfg-options',
              f'model.teacher_ckpt={teacher}')

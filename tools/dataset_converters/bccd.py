@@ -72,7 +72,8 @@ def add_image(folder: Path, name: str, target: Path, book: dict) -> None:
         raise ValueError(f'{annotation} is not valid XML: {error}') from None
     scale_x, scale_y = SIZE[0] / image.shape[1], SIZE[1] / image.shape[0]
     image_id = len(book['images'])
-    cv2.imwrite(str(target / f'{name}.png'), cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA))
+    if not cv2.imwrite(str(target / f'{name}.png'), cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA)):
+        raise OSError(f'cannot write {str(target / name)!r}')
     book['images'].append(dict(id=image_id, file_name=f'{name}.png', width=SIZE[0], height=SIZE[1]))
     for item in objects:
         label = item.findtext('name')

@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-python3}
 BIN=$VENV/bin
 STAMP=$VENV/complete
 PINS=requirements/$STACK.txt
-VERSION=$(cat "$PINS" setup.py "$0" | cksum)
+VERSION=$(cat "$PINS" setup.py tools/dev/setup.sh | cksum)
 
 say() { printf '\n[setup %s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 pip_install() { $BIN/python -m pip install --disable-pip-version-check --no-deps "$@"; }
@@ -47,6 +47,8 @@ elif pip_install -q --only-binary :all: $MMCV 2>/dev/null; then
     say "3/4 $MMCV installed from a wheel"
 else
     command -v g++ >/dev/null || { echo "setup: compiling mmcv needs g++ (Debian: apt-get install g++)" >&2; exit 1; }
+    HEADER=$($BIN/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+    [ -f "$HEADER" ] || { echo "setup: compiling mmcv needs $HEADER (Debian: apt-get install python3-dev)" >&2; exit 1; }
     say "3/4 Compiling the ops of $MMCV, which has no wheel on the index (about 8 minutes on 2 cores, once: pip" \
         "keeps the result)"
     # mmcv compiles for the GPU if torch finds one, and fails without nvcc of torch's CUDA version
