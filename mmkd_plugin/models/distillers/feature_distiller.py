@@ -160,19 +160,20 @@ class FeatureDistiller(ConfigurableDistiller):
         manager, wanted = self.student_recorders if from_student else self.teacher_recorders, RecorderManager()
         wanted.recorders.update({name: manager.get_recorder(name) for name in self.layers})
         record_dummy_input(model, wanted, to_the_end=True)
+        network = 'student' if from_student else 'teacher'
         for name in self.layers:
-            places = []
+            places, source = [], wanted.get_recorder(name).source
             for call, output in enumerate(wanted.get_recorder(name).data_buffer):
                 several = isinstance(output, (list, tuple))
                 maps = output if several else [output]
                 if not maps or not all(isinstance(x, Tensor) and x.dim() == 4 for x in maps):
                     given = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps]
-                    raise ValueError(f'layers: {name!r} of the {"student" if from_student else "teacher"} must have '
-                                     f'feature maps (N, C, H, W) as its output, got {given}')
+                    raise ValueError(f'layers: {source!r} of the {network} must have feature maps (N, C, H, W) as its '
+                                     f'output, got {given}')
                 places += [(call, i if several else None) for i in range(len(maps))]
             if not places:
-                raise ValueError(f'layers: {name!r} of the {"student" if from_student else "teacher"} does not run in '
-                                 "the model's forward. Use another layer")
+                raise ValueError(f"layers: {source!r} of the {network} does not run in the model's forward. Use another "
+                                 'layer')
             self._places[from_student][name] = places
 
     def wire(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
