@@ -120,6 +120,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         fields = split_by_teacher(TeacherFields(teacher, distiller, teacher_ckpt, inherit, teacher_precision,
                                                 teacher_input_size))
         fields = {name: check_fields(name, each, allow_random_teacher) for name, each in fields.items()}
+        inherited = [module for each in fields.values() for module in each.inherit]
+        if student_ckpt and inherited:
+            raise ValueError(f'student_ckpt: inherit would replace its {", ".join(inherited)} by the teacher\'s. Leave '
+                             'out student_ckpt, or add --cfg-options model.inherit=[]')
 
         # The student's constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
         if isinstance(architecture, dict):

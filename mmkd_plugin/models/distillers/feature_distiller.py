@@ -172,8 +172,8 @@ class FeatureDistiller(ConfigurableDistiller):
                                      f'output, got {given}')
                 places += [(call, i if several else None) for i in range(len(maps))]
             if not places:
-                raise ValueError(f"layers: {source!r} of the {network} does not run in the model's forward. Use another "
-                                 'layer')
+                raise ValueError(f"layers: {source!r} of the {network} does not run in the model's forward. Use "
+                                 'another layer')
             self._places[from_student][name] = places
 
     def wire(self, maps: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
