@@ -29,6 +29,11 @@ def check_dict(field: str, value: dict) -> dict:
     return value
 
 
+def type_name(kind: str | type | None) -> str:
+    """Returns the name of the class that ``type`` in a config means: a class, its name, or its name with a path."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """Returns the end of an error message about an unknown name: the closest known names."""
     names = list(names)

@@ -1,6 +1,7 @@
 """Distils a teacher into a student in one command: writes the config as compose_config.py and trains it as train.py.
 
-The config is written to work_dirs/STUDENT_from_TEACHER_METHOD.py by default. --resume uses the existing config.
+The config is written to work_dirs/STUDENT_from_TEACHER_METHOD.py by default, and with --base to
+work_dirs/STUDENT_from_TEACHER_METHOD_BASE.py. --resume uses the existing config.
 """
 import argparse
 import sys
@@ -15,10 +16,12 @@ from mmkd_plugin.compose import compose
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     compose_config.add_options(parser)
-    parser.add_argument('-o', '--out', help='config to write; default: work_dirs/STUDENT_from_TEACHER_METHOD.py')
+    parser.add_argument('-o', '--out', help='config to write; default: work_dirs/STUDENT_from_TEACHER_METHOD.py, with '
+                        '--base work_dirs/STUDENT_from_TEACHER_METHOD_BASE.py')
     train.add_options(parser)
     args = parser.parse_args()
-    args.config = args.out or f'work_dirs/{_stem(args.student)}_from_{_stem(args.teacher)}_{args.method}.py'
+    loss = '_'.join(filter(None, (args.method, args.base)))
+    args.config = args.out or f'work_dirs/{_stem(args.student)}_from_{_stem(args.teacher)}_{loss}.py'
     args.work_dir = args.work_dir or str(Path('work_dirs') / Path(args.config).stem)
     return args
 

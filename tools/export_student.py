@@ -26,6 +26,7 @@ from mmkd_plugin.deploy.pictures import draw
 from mmkd_plugin.deploy.report import COLUMNS, Report
 from mmkd_plugin.deploy.sample_batch import sample_batch
 from mmkd_plugin.deploy.student import build_student, export_student, image_channels, plain_config
+from mmkd_plugin.utils import type_name
 
 
 def main() -> None:
@@ -158,7 +159,7 @@ def check_pixels(pipeline: list[dict]) -> None:
     Raises:
         ValueError: the pipeline normalises images, or reads files and does not say so in ``meta_keys``.
     """
-    kinds = [str(step['type']).split('.')[-1] for step in pipeline]
+    kinds = [type_name(step['type']) for step in pipeline]
     if 'Normalize' in kinds:
         raise ValueError('--onnx: the test pipeline has Normalize, so the graph could not take pixels. Set mean, std '
                          'and bgr_to_rgb or to_rgb in data_preprocessor instead')
@@ -176,7 +177,7 @@ def preparation(pipeline: list[dict]) -> dict:
     """
     found: dict = {}
     for step in pipeline:
-        kind = str(step['type']).split('.')[-1]
+        kind = type_name(step['type'])
         if kind == 'Resize' and step.get('keep_ratio'):
             found['scale'] = list(step['scale'])
         if kind == 'Pad':

@@ -15,6 +15,7 @@ from mmkd_plugin.config.input_size import fixed_input_size
 from mmkd_plugin.config.iterations import check_counts_iterations
 from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.config.preflight import missing_inputs
+from mmkd_plugin.utils import type_name
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,8 +47,9 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
-    if args.amp and cfg.optim_wrapper.get('type', 'OptimWrapper') != 'AmpOptimWrapper':
-        if cfg.optim_wrapper.get('type', 'OptimWrapper') != 'OptimWrapper':
+    wrapper = type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
+    if args.amp and wrapper != 'AmpOptimWrapper':
+        if wrapper != 'OptimWrapper':
             raise ValueError(f'--amp needs optim_wrapper.type OptimWrapper, got {cfg.optim_wrapper.type!r}')
         if is_cuda_available():
             cfg.optim_wrapper.type = 'AmpOptimWrapper'

@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
+from ..utils import type_name
 from .reading import STUDENT_PREFIX, read_checkpoint
 
 HOOKS = dict(
@@ -33,7 +34,7 @@ def add_safety_hooks(cfg: Config) -> None:
             del hooks[name]  # MMEngine accepts None for its own hooks only
     hooks.setdefault('checkpoint', {})
     checkpoint = hooks['checkpoint']  # a ConfigDict copies what it gets
-    if checkpoint is not None and str(checkpoint.get('type', 'CheckpointHook')).split('.')[-1] == 'CheckpointHook':
+    if checkpoint is not None and type_name(checkpoint.get('type', 'CheckpointHook')) == 'CheckpointHook':
         checkpoint['type'] = 'mmkd_plugin.SafeCheckpointHook'
 
 

@@ -111,19 +111,35 @@ def make_plan(student: Network, teacher: Network, method: str, teacher_ckpt: str
         # FitNet uses the third of four stages, AMD the last three, the others all four.
         stages = dict(fitnet=slice(-2, -1)).get(base, slice(-3 if method == 'amd' or student.is_detector else -4, None))
         pairs = propose_layers(student, teacher, stages, one_width=method == 'sokd' or base == 'fitnet')
-    base = _base_for(base, student, teacher, pairs) if method != 'amd' else None
+    given, base = base, _base_for(base, student, teacher, pairs) if method != 'amd' else None
+    if base == 'fitnet' and not (given or layers):  # its connector needs one width per layer
+        pairs = propose_layers(student, teacher, stages, one_width=True)
     remarks += _of_layers(student, teacher, pairs)
+    own_run = tuple(name for name in ('work_dir', 'resume', 'load_from') if student.cfg.get(name)
+                    and (name != 'load_from' or student.cfg.get('resume')))
+    starts_from = student.cfg.get('load_from') if not student.cfg.get('resume') else None
+    inherit = propose_inherit(student, teacher) if student.is_detector and not starts_from else []
+    if starts_from:
+        remarks.append(f'The student starts from its load_from, {starts_from!r}, so it inherits nothing.')
     resized = {pair[0] for pair in pairs if _strides(student, pair[0]) != _strides(teacher, pair[1])}
     return Plan(
         method=method, base=base,
-        student=student.name if '::' in student.name else Path(os.path.relpath(student.name, out.parent)).as_posix(),
+        student=_from_folder(student.name, out.parent),
         teacher=teacher.name, teacher_ckpt=teacher_ckpt, trust_checkpoint=trust_checkpoint,
         layers=[pair[0] if pair[0] == pair[1] and pair[0] not in resized else pair for pair in pairs],
         strides=[each for pair in pairs for each in _strides(student, pair[0])],
-        inherit=propose_inherit(student, teacher) if student.is_detector else [],
+        inherit=inherit,
         logits=logits, task_loss=task_loss, detector=student.is_detector,
         length=length, hooks=bool(student.cfg.get('custom_hooks')), remarks=remarks,
-        constructor=student.cfg.optim_wrapper.get('constructor'))
+        constructor=student.cfg.optim_wrapper.get('constructor'), own_run=own_run)
+
+
+def _from_folder(config: str, folder: Path) -> str:
+    """Returns the path of a config as seen from a folder, absolute if a link in the folder leads elsewhere."""
+    if '::' in config:
+        return config
+    relative = Path(os.path.relpath(config, folder))
+    return (relative if (folder / relative).exists() else Path(config).resolve()).as_posix()
 
 
 def _base_for(base: str | None, student: Network, teacher: Network, pairs: Sequence[tuple[str, ...]]) -> str:

@@ -252,10 +252,12 @@ class Network:
         dataset = (self.cfg.get('train_dataloader') or {}).get('dataset', {})
         while 'dataset' in dataset or 'datasets' in dataset:  # wrappers such as RepeatDataset and ConcatDataset
             dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
-        names = (dataset.get('metainfo') or {}).get('classes')
-        if names is None and dataset.get('type'):
+        names = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')  # `classes` is MMPretrain's
+        kind = dataset.get('type')
+        if names is None and kind:
             with DATASETS.switch_scope_and_registry(self.cfg.get('default_scope')) as registry:
-                names = (getattr(registry.get(dataset['type']), 'METAINFO', None) or {}).get('classes')
+                kind = registry.get(kind) if isinstance(kind, str) else kind
+                names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
         return tuple(names) if isinstance(names, (list, tuple)) else None
 
 

@@ -7,6 +7,7 @@ from ..models.distillers.presets import PRESETS
 METHODS = dict(amd='AMDDistiller', sokd='SoKDDistiller', feature='FeatureDistiller')
 BASES = tuple(name for name in PRESETS if name != 'crd')  # crd needs a data set and its size
 _WIDTH = 120
+_UNSET = dict(work_dir=None, resume=False, load_from=None)
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Plan:
     hooks: bool  # whether the student has custom_hooks
     remarks: list[str]
     constructor: str | None = None  # of the student's optim_wrapper
+    own_run: tuple[str, ...] = ()  # fields of the student's config that belong to its own run
 
 
 def config_text(plan: Plan) -> str:
@@ -37,6 +39,8 @@ def config_text(plan: Plan) -> str:
     for remark in plan.remarks:
         lines += _comment(remark)
     lines += [f'_base_ = [{plan.student!r}]', '']
+    if plan.own_run:
+        lines += ["# Not those of the student's own run.", *(f'{name} = {_UNSET[name]}' for name in plan.own_run), '']
     if plan.logits:
         loss = f' = dict(type={plan.task_loss!r}, loss_weight=0.1)' if plan.task_loss else '.loss_weight = 0.1'
         lines += [f'_base_.model.head.loss{loss}  # weight of the labels; 0.9 is the weight of the teacher', '']
@@ -99,7 +103,13 @@ def _amd(plan: Plan) -> list[str]:
 
 
 def _feature(plan: Plan) -> list[str]:
-    return [f'        base={plan.base!r}))']
+    return [f'        base={plan.base!r}{_weight(plan)}))']
+
+
+def _weight(plan: Plan) -> str:
+    """Returns FitNet's weight for classifiers, that of CRD's benchmark (arXiv 1910.10699). The default is for pyramids.
+    """
+    return ', loss_weight=100.0' if plan.base == 'fitnet' and not plan.detector else ''
 
 
 def _sokd(plan: Plan) -> list[str]:
@@ -107,7 +117,7 @@ def _sokd(plan: Plan) -> list[str]:
     hook = f"dict(type='mmkd_plugin.FreezePolicyHook', {unit}={max(1, round(_length(plan) / 6))})"
     dam = ('detect_loss_weight=0.3, area_loss_weight=0.9)))  # with the defaults, DAM outweighs the task'
            if plan.detector else "anchor='attention')))")
-    return [f'        base={plan.base!r},',
+    return [f'        base={plan.base!r}{_weight(plan)},',
             f'        dam=dict({dam}',
             *_optim_wrapper(plan),
             '# The policy is searched in the first sixth of the training.',

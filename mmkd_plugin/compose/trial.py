@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.algorithms import TeacherStudentDistill
 from ..models.tokens import to_map
+from ..utils import type_name
 from .building import answering, build_random, scope_of
 from .images import synthetic_batch
 from .network import Network, is_flat
@@ -87,7 +88,7 @@ def _step(model: TeacherStudentDistill, cfg: Config, image: int) -> Trial:
             # the teacher's forward pass ends in the hook of its last recorder
             network.get_submodule(recorder.source).register_forward_hook(note((side, name)), prepend=True)
     optim = cfg.optim_wrapper.copy()
-    if optim.get('type') == 'AmpOptimWrapper':  # half precision needs a GPU
+    if type_name(optim.get('type')) == 'AmpOptimWrapper':  # half precision needs a GPU
         optim = {key: value for key, value in optim.items() if key not in ('type', 'loss_scale', 'dtype')}
     with answering('one step on synthetic data fails'):
         model.init_weights()

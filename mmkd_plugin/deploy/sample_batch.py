@@ -9,6 +9,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
 from ..config.preflight import downloads, missing_inputs
+from ..utils import type_name
 
 _IN_MEMORY = 32  # image side of data sets in memory, such as CIFAR
 
@@ -55,7 +56,7 @@ def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
     dataset = cfg[_loader(cfg)].dataset
     while 'pipeline' not in dataset:
         dataset = dataset.get('dataset') or dataset.datasets[0]
-    loads = [str(step['type']).split('.')[-1].startswith('Load') for step in dataset.pipeline]  # images, annotations
+    loads = [type_name(step['type']).startswith('Load') for step in dataset.pipeline]  # images, annotations
     steps = [step for step, load in zip(dataset.pipeline, loads) if not load]
     height, width = image.shape[:2]
     item = dict(img=image, img_path=path, img_id=0, img_shape=(height, width), ori_shape=(height, width),

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..utils import check_dict, closest
+from ..utils import check_dict, closest, type_name
 from .dummy_input import dummy_inputs, dummy_size
 
 
@@ -65,7 +65,7 @@ def check_sources(recorders: dict[str, dict] | None, model: nn.Module, field: st
         field: the config field of the recorders.
     """
     for name, recorder in (recorders or {}).items():
-        kind, source = str(recorder.get('type')).split('.')[-1], recorder.get('source')
+        kind, source = type_name(recorder.get('type')), recorder.get('source')
         if kind in ('ModuleOutputs', 'MapOutputs', 'ModuleInputs'):
             known = [name for name, _ in model.named_modules()]  # '' is the model itself
         elif kind == 'Parameter':

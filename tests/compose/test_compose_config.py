@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import classifier, retinanet
 from mmengine.config import Config
+from mmpretrain.datasets import CIFAR10
 
 from mmkd_plugin.compose import compose
 from mmkd_plugin.compose.building import in_words
+from mmkd_plugin.compose.composer import make_plan
 from mmkd_plugin.compose.network import Network
 from mmkd_plugin.compose.wiring import propose_inherit, propose_layers
 from mmkd_plugin.config.cfg_path import build_cfg_path, read_cfg_path
@@ -119,6 +121,26 @@ def test_a_students_file_is_inherited_from_where_the_config_lies(tmp_path):
     assert f'Next: python tools/train.py {tmp_path}/composed.py' in report
 
 
+def test_the_students_own_run_is_left_alone(tmp_path):
+    teacher = write(tmp_path / 't.py', retinanet(16))
+    own = dict(work_dir='work_dirs/small', resume=True, load_from='a.pth')
+    cfg, *_ = composed(write(tmp_path / 's.py', retinanet(8), **own), teacher, tmp_path)
+    assert (cfg.work_dir, cfg.resume, cfg.load_from) == (None, False, None) and cfg.model.inherit
+    cfg, report, _ = composed(write(tmp_path / 's.py', retinanet(8), load_from='small.pth'), teacher, tmp_path,
+                              overwrite=True)
+    assert cfg.load_from == 'small.pth' and 'inherit' not in cfg.model and 'work_dir' not in cfg
+    assert "The student starts from its load_from, 'small.pth', so it inherits nothing" in report
+
+
+def test_a_config_in_a_linked_folder(tmp_path):
+    (tmp_path / 'disk/deep').mkdir(parents=True)
+    (tmp_path / 'work_dirs').symlink_to(tmp_path / 'disk/deep')
+    student, teacher = detectors(tmp_path)
+    out = tmp_path / 'work_dirs/composed.py'
+    compose(student, teacher, 'amd', ADDRESS, str(out))
+    assert Config.fromfile(out).model.architecture == Config.fromfile(student).model
+
+
 def test_iterations_instead_of_epochs(tmp_path):
     student = write(tmp_path / 's.py', retinanet(8), train_cfg=dict(type='IterBasedTrainLoop', max_iters=180000))
     teacher = write(tmp_path / 't.py', retinanet(16))
@@ -172,6 +194,27 @@ def test_levels_of_other_widths_are_named_one_by_one_where_an_adapter_needs_it(t
     both = networks(tmp_path, yolo([16, 8, 4]), yolo([32, 16, 8]))
     assert propose_layers(*both, slice(-3, None), one_width=False) == [('neck', 'neck')]
     assert propose_layers(*both, slice(-3, None), one_width=True) == [(f'neck.detect{i}', ) * 2 for i in (1, 2, 3)]
+    plan = make_plan(*both, 'feature', ADDRESS, tmp_path / 'out.py', None, (), False)
+    assert plan.base == 'fitnet' and plan.layers == [f'neck.detect{i}' for i in (1, 2, 3)]
+
+
+def test_fitnet_has_another_weight_for_classifiers(tmp_path):
+    student, teacher = (write(tmp_path / name, classifier(width), 'mmpretrain') for name, width in (
+        ('s.py', 8), ('t.py', 16)))
+    cfg, *_ = composed(student, teacher, tmp_path, 'feature', base='fitnet')
+    assert cfg.model.distiller.loss_weight == 100
+
+
+def test_names_of_classes(tmp_path):
+    def network(name, **dataset):
+        return Network(write(tmp_path / name, classifier(8), 'mmpretrain', train_dataloader=dict(dataset=dataset)), 'X')
+    for given in (dict(type='CustomDataset', classes=['b', 'a']), dict(type='CustomDataset', metainfo=dict(
+            classes=['b', 'a']))):
+        assert network('s.py', **given).class_names() == ('b', 'a')
+    assert network('s.py', type='CIFAR10').class_names()[0] == 'airplane'
+    teacher = network('s.py', type='CustomDataset')
+    teacher.cfg.train_dataloader.dataset.type = CIFAR10  # as in configs in the pure Python style
+    assert teacher.class_names()[0] == 'airplane'
 
 
 def transformer(**options):

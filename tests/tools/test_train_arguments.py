@@ -77,6 +77,11 @@ def test_the_learning_rate_is_scaled_with_the_images_of_an_optimizer_step(capsys
     assert load(cfg_options=options).auto_scale_lr.base_batch_size == base
 
 
+def test_amp_knows_the_wrapper_by_its_path():
+    wrapper = 'mmengine.optim.optimizer.optimizer_wrapper.OptimWrapper'
+    assert 'Autocast' in load(amp=True, cfg_options={'optim_wrapper.type': wrapper}).optim_wrapper.type
+
+
 def test_a_loss_schedule_by_epoch_needs_epochs(tmp_path):
     config = tmp_path / 'a.py'
     config.write_text(f"""_base_ = {str(Path('configs/amd_retinanet_coco.py').resolve())!r}

@@ -9,6 +9,6 @@ model = dict(
         layers=[('backbone.features.4', 'backbone.features.7')],
         base='fitnet',
         loss_weight=100.0,
-        dam=dict(anchor='attention')))
+        dam=dict(anchor='attention', adapter=dict(signed=False))))  # the layer ends in a ReLU
 optim_wrapper = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor')
 custom_hooks = [dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=20)]

@@ -58,6 +58,13 @@ class FreezePolicyHook(Hook):
             raise ValueError(f'FreezePolicyHook.search_epochs: {type(runner.train_loop).__name__} does not count '
                              'epochs, so the search would never end. Use search_iters; begin is then in iterations')
 
+        length = runner.max_epochs if self.by_epoch else runner.max_iters
+        if self.end >= length:
+            unit = 'epochs' if self.by_epoch else 'iterations'
+            runner.logger.warning(f'FreezePolicyHook: the search lasts {self.end} {unit} and the run {length}, so the '
+                                  f'policy is never frozen. A sixth of the run is usual: search_'
+                                  f'{"epochs" if self.by_epoch else "iters"}={max(1, round(length / 6))}')
+
     @property
     def frozen(self) -> bool:
         """Whether the search is over."""

@@ -94,6 +94,13 @@ def test_by_iterations(train):
     assert (dafa_of(runner).alpha == dafa_of(runner).alpha[0]).all()
     runner = train('c', hooks=[dict(search_iters=3)], loop=dict(by_epoch=False, max_iters=4))
     assert 'The search of policy ended after 3 iterations' in runner.log and 'policy after 2 it' in runner.log
+    assert 'never frozen' not in runner.log
+
+
+def test_a_search_as_long_as_the_run_is_warned_of(train):
+    runner = train('a', epochs=2, hooks=[dict(search_epochs=2)])
+    assert 'the search lasts 2 epochs and the run 2, so the policy is never frozen' in runner.log
+    assert 'search_epochs=1' in runner.log
 
 
 @pytest.mark.parametrize('search_epochs, begin', [(3, 0), (1, 0), (1, 2)])
