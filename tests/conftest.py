@@ -67,11 +67,16 @@ def classifier(base_channels=8, num_classes=4, depth=18, **options):
                   loss=dict(type='mmpretrain.CrossEntropyLoss', loss_weight=1.0)), **options)
 
 
-def detection_batch(size=64, samples=2, num_classes=3):
-    """Images and samples with one to two objects, as a data loader gives them."""
+def detection_batch(size=64, samples=2, num_classes=3, random=False):
+    """Images and samples with one to two objects, as a data loader gives them.
+
+    They are the same in every call, except for the images if they are random.
+    """
     from mmdet.testing import demo_mm_inputs
     packed = demo_mm_inputs(samples, image_shapes=[(3, size, size)] * samples, num_items=[2, 1] * (samples // 2),
                             num_classes=num_classes)
+    if random:
+        packed['inputs'] = [torch.randint_like(image, 256) for image in packed['inputs']]
     return packed
 
 

@@ -48,8 +48,8 @@ def train(rank, distiller):
 
     def steps(count, pairs=False):
         for _ in range(count):
-            batch = detection_batch()
-            parallel.train_step((batch, detection_batch()) if pairs else batch, wrapper)
+            batch = detection_batch(random=True)
+            parallel.train_step((batch, detection_batch(random=True)) if pairs else batch, wrapper)
             weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
             assert torch.equal(*gather(weights)) and weights.isfinite().all()
 

@@ -98,7 +98,7 @@ def test_killed_again_and_again(name, data, tmp_path):
     finish(start(config, '--work-dir', tmp_path / 'whole', log=log), log)
     whole, seconds = latest(tmp_path / 'whole'), time.time() - began
 
-    kills, finished, work_dir = 0, False, tmp_path / 'killed'
+    kills, finished, work_dir, chance = 0, False, tmp_path / 'killed', random.Random(0)
     first = [config, '--work-dir', work_dir, '--cfg-options', f'randomness.seed={whole["meta"]["seed"]}']
     while not finished:
         noted = pointer(work_dir)
@@ -109,7 +109,7 @@ def test_killed_again_and_again(name, data, tmp_path):
             continue
         while pointer(work_dir) == noted and child.is_alive():
             time.sleep(0.02)  # every life gets as far as a checkpoint, and not much further
-        time.sleep(random.uniform(0, seconds / 8))
+        time.sleep(chance.uniform(0, seconds / 8))
         if pointer(work_dir) == pointer(tmp_path / 'whole').replace('whole', 'killed'):
             finish(child, log)  # too far to be killed again: once more
             shutil.rmtree(work_dir)

@@ -249,8 +249,13 @@ def test_a_miniature_from_tuning_to_report(miniature, tool, capsys, tmp_path):
     assert miniature(experiments=['broken']) == 1
     assert results.read_bytes() == before and 'broken, seed 1: failed, see' in capsys.readouterr().out
     assert 'Nonsense' in (tmp_path / 'work/miniature/failed_broken_1.log').read_text()
-    with benchmark.results_file(results), pytest.raises(SystemExit, match='another benchmark is running'):
+    for lock in (results, tmp_path / 'work/lock'):
+        with benchmark.locked(lock), pytest.raises(SystemExit, match='another benchmark is running'):
+            miniature(tune=True)
+    results.write_bytes(before.replace(f'"teacher": "{found["teacher"]}"'.encode(), b'"teacher": "another"'))
+    with pytest.raises(ValueError, match='has students of another teacher .another. than the one in .*Use another'):
         miniature()
+    results.write_bytes(before)
 
     task = benchmark.TASKS['miniature']
     current = report.current(task, benchmark.read(results), benchmark.read(tuning))
@@ -322,11 +327,12 @@ def test_the_reports_arithmetic(tool):
     """Differences 1, 2, 3 and 2: mean 2, sd 0.8165, t(0.975, 3) = 3.1824, so +- 1.2992."""
     report = tool('report_gain')
     above, below = {1: 81.0, 2: 83.0, 3: 84.0, 4: 82.0, 9: 0.0}, {1: 80.0, 2: 81.0, 3: 81.0, 4: 80.0, 8: 0.0}
-    mean, half, wins, n = report.paired(above, below)
-    assert (mean, wins, n) == (2.0, 4, 4) and half == pytest.approx(1.2992, abs=1e-4)
-    assert report.paired({1: 80.0, 2: 80.0}, {1: 80.0, 2: 81.0})[2] == 0  # a draw is no win
+    mean, half, better = report.paired(above, below)
+    assert (mean, better) == (2.0, '4 of 4') and half == pytest.approx(1.2992, abs=1e-4)
+    assert report.paired({1: 80.0, 2: 80.0}, {1: 80.0, 2: 81.0})[2] == '0 of 2, 1 equal'
     assert report.paired({1: 1.0}, {1: 0.0}) is None
-    assert report.closed({1: 85.0, 2: 84.0}, {1: 80.0, 2: 81.0, 3: 0.0}, 90.0) == pytest.approx(100 * 4 / 9.5)
+    assert report.closed({1: 85.0, 2: 84.0}, {1: 80.0, 2: 81.0, 3: 79.0}, 90.0) == pytest.approx(45)
+    assert report.closed({1: 85.0}, {}, 90.0) is None
 
 
 def test_the_permutation_test(tool):
@@ -368,6 +374,13 @@ def test_the_table(tool, results, monkeypatch):
         # differences 4 and 2: mean 3, sd 1.4142, t(0.975, 1) = 12.7062, so 12.7062
         assert lines[4] == ('| KD | 83.5 ± 0.7 | 81.6 to 85.4 | 2 | +3.00 ± 12.71 to student alone | +3.00 to +3.00 | '
                             f'2 of 2 | 0.500 | 32% | 3{"" if tuned else " (not tuned)"} |')
+    task, found = results
+    gone = dict(found, kd=found['kd'] | {3: line('kd', 3, 0.8) | dict(metric=None)})
+    assert '| 2, 1 diverged |' in report.table(task, gone, []).splitlines()[4]
+    assert report.table(task, dict(found, kd={3: gone['kd'][3]}), []).splitlines()[4] == (
+        '| KD |  |  | 0, 1 diverged |  |  |  |  |  |  |')
+    biased = {1: dict(found['kd'][1], resampled=[0.86, 0.90])}  # mean 0.88; the metric is 0.84
+    assert report.resampled(task, dict(kd=biased), 'kd')[1] == pytest.approx([82, 86])
     for seed, weight in ((1, 31.25), (2, 28.0)):
         results[1]['kd'][seed].update(weights=[], measured=dict(pkd=weight))
     assert report.table(*results, []).splitlines()[4].endswith('| 32% | 28 to 31.2 (measured) |')
@@ -376,7 +389,8 @@ def test_the_table(tool, results, monkeypatch):
 def test_the_first_sentences(tool, results):
     assert tool('report_gain').summary(*results) == (
         'T: the teacher has 90.0 %, the student alone 80.5, and with KD 83.5, which closes 32% of the gap. KD differs '
-        'from student alone by +3.00 ± 12.71 points (better in 2 of 2 seeds, p = 0.500; over images +3.00 to +3.00).')
+        'from student alone by +3.00 ± 12.71 points over seeds (better in 2 of 2, p = 0.500; over images +3.00 to '
+        '+3.00).')
 
 
 def test_amd_against_the_size_of_the_map(tool, tmp_path):

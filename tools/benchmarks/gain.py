@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from bootstrap import resampled_accuracy, resampled_ap
@@ -37,6 +37,7 @@ from gain_tasks import TASKS, TUNING_SEEDS, Experiment, Task, Weights
 from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mmkd_plugin.checkpoints.reading import read_weights
 from mmkd_plugin.checkpoints.resume import add_safety_hooks
 from mmkd_plugin.deploy.environment import environment
 from mmkd_plugin.utils import closest
@@ -76,12 +77,14 @@ def main() -> None:
     os.environ['OMP_NUM_THREADS'] = '1'  # for the training processes
     torch.set_num_threads(1)  # recorded in the results
     _surroundings()
-    failed = 0
-    for name in args.task:
-        try:
+    failed, name = 0, ''
+    try:
+        for name in args.task:  # missing data would otherwise end a run after many hours
+            check_data(TASKS[name], args.data)
+        for name in args.task:
             failed += run_task(name, args)
-        except ValueError as error:
-            sys.exit(f'{name}: {error}')
+    except ValueError as error:
+        sys.exit(f'{name}: {error}')
     if failed:
         sys.exit(f'{failed} runs failed. Run the same command to try them again')
 
@@ -101,33 +104,41 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_data(task: Task, data: Path) -> None:
+    """Raises ``ValueError`` if data of a task are missing."""
+    for needed, command in task.data.items():
+        if not (data / needed).exists():
+            raise ValueError(f'--data: {data / needed} not found. Run `{command} --out {data / needed}`')
+
+
 def run_task(name: str, args: argparse.Namespace) -> int:
     """Runs the missing runs of a task; returns how many failed.
 
     Raises:
-        ValueError: an experiment is unknown, data are missing, or a tuning is not complete.
+        ValueError: an experiment is unknown, data are missing, a tuning is not complete, or the results have students
+            of another teacher.
     """
     task, tuned = TASKS[name], args.results / f'{name}_tuning.jsonl'
     names = args.experiments or task.experiments
     unknown = set(names) - set(task.experiments)
     if unknown:
         raise ValueError(f'--experiments: no experiment {min(unknown)!r}; {closest(min(unknown), task.experiments)}')
-    for needed, command in task.data.items():
-        if not (args.data / needed).exists():
-            raise ValueError(f'--data: {args.data / needed} not found. Run `{command} --out {args.data / needed}`')
+    check_data(task, args.data)
     folder, place = args.work_dir / name, args.work_dir / 'teachers' / task.teacher
     folder.mkdir(parents=True, exist_ok=True)
-    with results_file(args.results / f'{name}.jsonl') as results:
-        for left in folder.glob('*/'):  # left by a killed benchmark
-            shutil.rmtree(left)
-        train_teacher(task, place, args.data, results)
-        teacher = Path(find_latest_checkpoint(place))
-        if not args.tune:
-            runs = [run for run in reported_runs(task, read(tuned), names)
-                    if args.seeds is None or run.seed in args.seeds]
-            return run_all(name, task, runs, teacher, folder, results, args, tuning=False)
-    with results_file(tuned) as results:
-        return run_all(name, task, list(tuning_runs(task, names)), teacher, folder, results, args, tuning=True)
+    with locked(args.work_dir / 'lock'):  # tasks share teachers, and this removes folders
+        for left in folder.iterdir():  # left by a killed benchmark
+            if left.is_dir():
+                shutil.rmtree(left)
+        with results_file(args.results / f'{name}.jsonl') as results:
+            train_teacher(task, place, args.data, results)
+            teacher = Path(find_latest_checkpoint(place))
+            if not args.tune:
+                runs = [run for run in reported_runs(task, read(tuned), names)
+                        if args.seeds is None or run.seed in args.seeds]
+                return run_all(name, task, runs, teacher, folder, results, args)
+        with results_file(tuned) as results:
+            return run_all(name, task, list(tuning_runs(task, names)), teacher, folder, results, args)
 
 
 def teacher_run(task: Task) -> Run:
@@ -248,12 +259,29 @@ def train_teacher(task: Task, place: Path, data: Path, results: 'Results') -> No
         results.append(line)
 
 
+def weights_hash(checkpoint: Path) -> str:
+    """Returns a hash of the weights of a checkpoint."""
+    found = hashlib.sha256()
+    for name, value in sorted(read_weights(str(checkpoint), 'teacher').items()):
+        found.update(name.encode())
+        found.update(value.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path, results: 'Results',
-            args: argparse.Namespace, tuning: bool) -> int:
+            args: argparse.Namespace) -> int:
     """Runs the runs that are not in the results, ``args.jobs`` at a time; returns how many failed.
 
-    In tuning, a diverged training is not a failure. It is a result that excludes these weights.
+    A diverged training is a result, with the metric None. In tuning, it excludes these weights.
+
+    Raises:
+        ValueError: the results have students of another teacher.
     """
+    weights = weights_hash(teacher)
+    others = {line['teacher'] for line in read(results.path) if line.get('teacher', weights) != weights}
+    if others:
+        raise ValueError(f'{results.path} has students of another teacher ({min(others)}) than the one in '
+                         f'{teacher.parent} ({weights}). Use another --results')
     todo = [run for run in runs if run.key not in results.keys]
     print(f'{name}: {len(runs) - len(todo)} of {len(runs)} runs are in {results.path}', flush=True)
     began, done, failed, lock = time.time(), 0, 0, threading.Lock()
@@ -263,14 +291,14 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
         log = folder / f'failed_{run.name}.log'
         with TemporaryDirectory(prefix=f'{run.experiment}-{run.seed}-', dir=folder) as place:
             try:
-                line = train(task, run, Path(place), args.data, teacher)
+                line = dict(train(task, run, Path(place), args.data, teacher), teacher=weights)
                 outcome = f'{task.scale * line["metric"]:.2f} in {line["seconds"]} s'
                 log.unlink(missing_ok=True)
             except (RuntimeError, FloatingPointError) as error:
                 diverged = isinstance(error, FloatingPointError)
                 log.write_text(str(error))
                 outcome = f'{"diverged" if diverged else "failed"}, see {log}'
-                line = _line(run, metric=None) if diverged and tuning else None  # excludes these weights
+                line = _line(run, metric=None, teacher=weights, seconds=0) if diverged else None
         with lock:
             done += 1
             if line is None:
@@ -278,8 +306,8 @@ def run_all(name: str, task: Task, runs: list[Run], teacher: Path, folder: Path,
             else:
                 results.append(line)
             left = (time.time() - began) / done * (len(todo) - done)
-            weights = ', '.join(f'{weight:g}' for weight in run.weights)
-            print(f'{name}: {run.experiment}{f" at {weights}" if weights else ""}, seed {run.seed}: {outcome}; '
+            at = ', '.join(f'{weight:g}' for weight in run.weights)
+            print(f'{name}: {run.experiment}{f" at {at}" if at else ""}, seed {run.seed}: {outcome}; '
                   f'{len(todo) - done} left, about {left / 3600:.1f} h', flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -318,6 +346,9 @@ def train(task: Task, run: Run, place: Path, data: Path, teacher: Path | None) -
     scalars = [json.loads(line) for file in sorted(place.glob('*/vis_data/scalars.json'))
                for line in file.read_text().splitlines()]
     measured = [line for line in scalars if task.metric in line]
+    detections = place / 'detections.bbox.json'
+    if not measured and not (detections.exists() and not json.loads(detections.read_text())):
+        raise RuntimeError(f'{task.metric} is not in the log\n{log.read_text()}')
     last = measured[-1] if measured else {task.metric: 0.0}  # CocoMetric has no AP without detections
     policy = [line for line in scalars if any(key.startswith(POLICY) for key in line)]
     more = dict(metrics={key: value for key, value in last.items() if key not in ('data_time', 'time', 'step')})
@@ -407,16 +438,23 @@ class Results:
 
 
 @contextmanager
-def results_file(path: Path) -> Iterator[Results]:
-    """Locks the file for this process, and removes an incomplete last line."""
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """Locks a file for this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('ab') as lock:
+    with path.open('ab') as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f'{path} is in use: another benchmark is running') from None
+        yield file
+
+
+@contextmanager
+def results_file(path: Path) -> Iterator[Results]:
+    """Locks the file for this process, and removes an incomplete last line."""
+    with locked(path) as file:
         data = path.read_bytes()
-        lock.truncate(data.rfind(b'\n') + 1)
+        file.truncate(data.rfind(b'\n') + 1)
         yield Results(path)
 
 

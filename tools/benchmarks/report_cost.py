@@ -10,8 +10,7 @@ import loss
 import step
 
 STEP = """The lower bound is the student's own training step and the teacher as far as its neck. Ratios are medians over
-interleaved rounds with their 95% interval; peak memory is that of all tensors, weights and optimiser included.
-The commands are those of version 0.1; write `--variants` instead of `--arms` now."""
+interleaved rounds with their 95% interval; peak memory is that of all tensors, weights and optimiser included."""
 LOSS = """The lower bound reads both maps once, then reads one and writes its gradient once. Plain is the paper's steps
 written down one by one. Ratios are medians over interleaved rounds with their 95% interval."""
 

@@ -91,17 +91,23 @@ def current(task: Task, lines: list[dict], tuning: list[dict]) -> Found:
 
 
 def values(task: Task, found: Found, name: str) -> dict[int, float]:
-    """Returns the metric of an experiment by seed, in percent."""
-    return {seed: task.scale * line['metric'] for seed, line in sorted(found.get(name, {}).items())}
+    """Returns the metric of an experiment by seed, in percent. Seeds that diverged are left out."""
+    return {seed: task.scale * line['metric'] for seed, line in sorted(found.get(name, {}).items())
+            if line['metric'] is not None}
 
 
 def resampled(task: Task, found: Found, name: str) -> dict[int, np.ndarray]:
-    """Returns the metric of an experiment by seed on each draw of the test images, in percent."""
-    return {seed: task.scale * np.array(line['resampled']) for seed, line in sorted(found.get(name, {}).items())}
+    """Returns the metric of an experiment by seed on each draw of the test images, in percent.
+
+    The draws are shifted, so that their mean is the metric on the test images. AP is higher on draws, which have
+    images twice.
+    """
+    draws = {seed: task.scale * np.array(found[name][seed]['resampled']) for seed in values(task, found, name)}
+    return {seed: draws[seed] - draws[seed].mean() + metric for seed, metric in values(task, found, name).items()}
 
 
-def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, float, int, int] | None:
-    """Returns the mean and half the 95% t-interval of the differences within seeds, the number of wins of ``above``, n.
+def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, float, str] | None:
+    """Returns mean and half the 95% t-interval of the differences within seeds, and in how many ``above`` is better.
 
     Returns None if fewer than two seeds are in both.
     """
@@ -110,7 +116,9 @@ def paired(above: dict[int, float], below: dict[int, float]) -> tuple[float, flo
     if n < 2:
         return None
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
-    return statistics.fmean(differences), half, sum(d > 0 for d in differences), n
+    equal = sum(abs(d) < 1e-9 for d in differences)
+    better = f'{sum(d > 1e-9 for d in differences)} of {n}' + (f', {equal} equal' if equal else '')
+    return statistics.fmean(differences), half, better
 
 
 def permutation_test(above: dict[int, float], below: dict[int, float]) -> float:
@@ -134,12 +142,11 @@ def over_images(above: dict[int, np.ndarray], below: dict[int, np.ndarray] | Non
 
 
 def closed(given: dict[int, float], alone: dict[int, float], teacher: float) -> float | None:
-    """Returns the closed share of the gap between student alone and teacher, in percent, on common seeds."""
-    seeds = sorted(set(given) & set(alone))
-    if not seeds:
+    """Returns the closed share of the gap between student alone and teacher, in percent, from the means over seeds."""
+    if not alone:
         return None
-    low = statistics.fmean(alone[seed] for seed in seeds)
-    return 100 * (statistics.fmean(given[seed] for seed in seeds) - low) / (teacher - low)
+    low = statistics.fmean(alone.values())
+    return 100 * (statistics.fmean(given.values()) - low) / (teacher - low)
 
 
 def table(task: Task, found: Found, tuning: list[dict]) -> str:
@@ -148,7 +155,12 @@ def table(task: Task, found: Found, tuning: list[dict]) -> str:
              *[''] * 6]]
     for name, experiment in task.experiments.items():
         given = values(task, found, name)
+        if name not in found:
+            continue
+        diverged = len(found[name]) - len(given)
+        seeds = f'{len(given)}, {diverged} diverged' if diverged else str(len(given))
         if not given:
+            rows.append([experiment.label, '', '', seeds, *[''] * 6])
             continue
         mean = f'{statistics.fmean(given.values()):.1f}'
         spread = f' ± {statistics.stdev(given.values()):.1f}' if len(given) > 1 else ''
@@ -159,7 +171,7 @@ def table(task: Task, found: Found, tuning: list[dict]) -> str:
             compared = [
                 f'{against[0]:+.2f} ± {against[1]:.2f} to {task.experiments[base].label}',
                 _interval(over_images(resampled(task, found, name), resampled(task, found, base)), '+.2f'),
-                f'{against[2]} of {against[3]}', f'{permutation_test(given, values(task, found, base)):.3f}']
+                against[2], f'{permutation_test(given, values(task, found, base)):.3f}']
         share = closed(given, alone, teacher) if name != 'student' else None
         lines = found[name].values()
         weights = ', '.join(f'{weight:g}' for weight in next(iter(lines))['weights'])
@@ -169,7 +181,7 @@ def table(task: Task, found: Found, tuning: list[dict]) -> str:
         elif weights and not is_tuned(task, name, tuning):
             weights += ' (not tuned)'
         rows.append([experiment.label, mean + spread, _interval(over_images(resampled(task, found, name))),
-                     str(len(given)), *compared, '' if share is None else f'{share:.0f}%', weights])
+                     seeds, *compared, '' if share is None else f'{share:.0f}%', weights])
     return markdown(['', task.unit, 'over images', 'seeds', 'difference within seeds', 'over images', 'better in', 'p',
                      'gap closed', 'weights'], rows)
 
@@ -182,7 +194,7 @@ def summary(task: Task, found: Found) -> str:
     """Returns the summary of a task: the gap, the best experiment, and its headline differences."""
     teacher, alone = values(task, found, 'teacher')[0], values(task, found, 'student')
     means = {name: statistics.fmean(values(task, found, name).values())
-             for name in task.experiments if name != 'student' and name in found}
+             for name in task.experiments if name != 'student' and values(task, found, name)}
     most = max((len(found[name]) for name in means), default=0)
     sentences = []
     if alone and means:
@@ -199,7 +211,7 @@ def summary(task: Task, found: Found) -> str:
             low, high = over_images(resampled(task, found, name), resampled(task, found, base))
             sentences.append(
                 f'{task.experiments[name].label} differs from {task.experiments[base].label} by {against[0]:+.2f} ± '
-                f'{against[1]:.2f} points (better in {against[2]} of {against[3]} seeds, p = '
+                f'{against[1]:.2f} points over seeds (better in {against[2]}, p = '
                 f'{permutation_test(given, other):.3f}; over images {low:+.2f} to {high:+.2f}).')
     return ' '.join(sentences)
 
@@ -221,10 +233,11 @@ def section(task: Task, found: Found, tuning: list[dict], drawn: dict[str, Path]
         'The columns "over images" are 95% bootstrap intervals over test images. Every experiment with its own weights '
         f'has the same budget: {", ".join(map(str, candidates))} candidates with seed {tuning_seeds} on the tuning '
         'split. The second weight of SoKD is that of DAM. An experiment that differs from another one in a single '
-        'change has the weights of that one. The reported seeds ran once, on test images that were not used to choose '
-        'weights.',
+        'change has the weights of that one. Each reported seed ran once with these weights, on test images that were '
+        'not used to choose them.',
         table(task, found, tuning),
-        f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {surroundings}.',
+        f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {surroundings}; '
+        f'tuning: commit {", ".join(sorted({line["commit"] for line in tuning})) or "none"}.',
         *pictures])
 
 
@@ -243,7 +256,7 @@ def papers() -> str:
 
 def bars(task: Task, found: Found, path: Path) -> None:
     """Draws the mean, the standard deviation and the seeds of every experiment."""
-    names = [name for name in task.experiments if name in found]
+    names = [name for name in task.experiments if values(task, found, name)]
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(names) + 1.2))
     for place, name in enumerate(names):
         given = list(values(task, found, name).values())

@@ -22,7 +22,7 @@ class Images(Dataset):
 
     def __init__(self, images=4, seed=0):
         torch.manual_seed(seed)
-        batches = [detection_batch() for _ in range(images // 2)]
+        batches = [detection_batch(random=True) for _ in range(images // 2)]
         self.items = [dict(inputs=batch['inputs'][i], data_samples=batch['data_samples'][i])
                       for batch in batches for i in (0, 1)]
 
@@ -140,7 +140,8 @@ def test_a_held_out_split_with_mmrazors_loop(train):
     loop = dict(type='mmrazor.DartsEpochBasedTrainLoop', max_epochs=3)
     runner = train('a', hooks=[dict(search_epochs=2)], loop=dict(loop, mutator_dataloader=loader(seed=5)))
     assert dafa_of(runner).num_draws == 6 and dafa_of(runner).num_searches == 4
-    assert dafa_of(runner).alpha.std() > 0
+    on_others = dafa_of(train('b', hooks=[dict(search_epochs=2)], loop=dict(loop, mutator_dataloader=loader())))
+    assert dafa_of(runner).alpha.std() > 0 and not torch.equal(dafa_of(runner).alpha, on_others.alpha)
 
 
 @pytest.mark.parametrize('hook, message', [

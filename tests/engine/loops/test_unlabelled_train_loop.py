@@ -1,10 +1,11 @@
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import classification_batch, classifier, retinanet
-from conftest import detection_batch as boxes_on_equal_images
+from conftest import detection_batch as any_detection_batch
 from mmdet.structures import DetDataSample
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
@@ -28,16 +29,12 @@ KD = dict(
                                             preds_T=dict(from_student=False, recorder='fc'))))
 EPOCHS = 'mmkd_plugin.UnlabelledEpochBasedTrainLoop'
 ITERATIONS = 'mmkd_plugin.UnlabelledIterBasedTrainLoop'
+detection_batch = partial(any_detection_batch, random=True)
 
 
 def distillation(network=retinanet, distiller=PKD, **fields):
     return dict(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=network(8), teacher=network(16),
                      allow_random_teacher=True, distiller=distiller), **fields)
-
-
-def detection_batch(**options):
-    batch = boxes_on_equal_images(**options)
-    return dict(batch, inputs=[torch.randint_like(image, 256) for image in batch['inputs']])
 
 
 def without_labels(batch):

@@ -271,10 +271,10 @@ def test_the_stock_train_step_works(build):
             type='mmkd_plugin.SoKDDistiller', layers=['neck'], dafa=dict(), dam=dict(anchor='boxes'),
             base='fitnet')))
     wrapper = build_optim_wrapper(model, dict(optimizer=SGD, **POLICY))
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(dict(model.named_parameters()))
     for _ in range(2):
         model.train().train_step(detection_batch(), wrapper)
-    after = model.state_dict()
+    after = dict(model.named_parameters())
     for part in ('architecture.neck', 'distiller.connectors', 'distiller.dams', 'distiller.dafa.alpha'):
         assert any((before[key] != after[key]).any() for key in before if key.startswith(part)), part
 

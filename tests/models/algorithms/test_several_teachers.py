@@ -33,7 +33,7 @@ def losses_of(model, batch, unlabelled=None):
 def batch_of(seed, height=40):
     """Two images, of which the second is smaller, so that the batch pads it."""
     torch.manual_seed(seed)
-    batch = detection_batch()
+    batch = detection_batch(random=True)
     batch['inputs'][1] = batch['inputs'][1][:, :height, :56]
     batch['data_samples'][1].set_metainfo(dict(img_shape=(height, 56), pad_shape=(height, 56)))
     return batch

@@ -28,7 +28,7 @@ def distil(distiller):
 class Images(Dataset):
     def __init__(self):
         torch.manual_seed(0)
-        batches = [detection_batch() for _ in range(2)]
+        batches = [detection_batch(random=True) for _ in range(2)]
         self.items = [{key: batch[key][i] for key in batch} for batch in batches for i in (0, 1)]
 
     def __len__(self):
