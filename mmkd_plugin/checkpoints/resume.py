@@ -81,8 +81,8 @@ def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
 
 def _check_run(content: Any, cfg: Config, trust_checkpoint: bool) -> None:
     """Raises ``ValueError`` for a file with weights that is not a checkpoint this config can resume from."""
-    start = ('To start from its weights, leave out --resume and set load_from to the file, or model.student_ckpt if '
-             'all weights must fit' if 'architecture' in cfg.model else
+    start = ('To start from its weights, leave out --resume and set load_from to the file, or model.student_ckpt '
+             '(without model.inherit) if all weights must fit' if 'architecture' in cfg.model else
              'To start from its weights, leave out --resume and set load_from to the file')
     place = f'--resume: {cfg.load_from!r}'
     if not isinstance(content, Mapping) or not isinstance(content.get('state_dict'), Mapping):

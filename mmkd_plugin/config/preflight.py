@@ -1,4 +1,5 @@
 """Check for missing data and weights before training starts."""
+import os
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -122,7 +123,7 @@ def _missing_named(node: dict | list | str, option: str, trust: bool) -> Iterato
 
 
 def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
-    if '://' not in path and not Path(path).expanduser().exists():
+    if '://' not in path and not Path(os.path.expanduser(path)).exists():
         yield _sentence(option, path)
         return
     try:

@@ -1,4 +1,5 @@
 """Pseudo-labels: a teacher's predictions on unlabelled images."""
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
-from mmengine.utils import scandir
 from torch import nn
 
 from ..checkpoints.reading import load_completely
@@ -55,7 +55,7 @@ def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
     teacher = build_model('model', model, trust_checkpoint)
     if 'architecture' in cfg.model:
         classes = num_classes(build_model('architecture', plain.model, trust_checkpoint)), num_classes(teacher)
-        if classes[1] and classes[0] != classes[1]:
+        if all(classes) and not set(classes[0]) <= set(classes[1]):
             raise ValueError(f'CONFIG: its data have the student\'s {classes[0]} classes, and the teacher has '
                              f'{classes[1]}. Pass the config of the teacher')
     load_completely(teacher, checkpoint, 'TEACHER_CKPT', trust_checkpoint)
@@ -63,17 +63,25 @@ def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """Returns the image files in a folder and its subfolders, sorted. Links are followed, hidden files left out.
+    """Returns the image files in a folder and its subfolders, sorted.
+
+    Links to folders are followed. Hidden files and folders are left out.
 
     Raises:
         ValueError: there are none.
     """
-    found = sorted(Path(folder, path) for path in scandir(folder, ENDINGS, recursive=True, case_sensitive=False)
-                   ) if Path(folder).is_dir() else []
+    found, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(base)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith('.')]
+        if real not in seen:
+            found += [Path(base, name) for name in names
+                      if not name.startswith('.') and Path(name).suffix.lower() in ENDINGS]
+        seen.add(real)
     if not found:
         raise ValueError(f'IMAGES: no images in the folder {str(folder)!r}, expected files that end with '
                          f'{", ".join(ENDINGS)}')
-    return found
+    return sorted(found)
 
 
 @torch.no_grad()

@@ -72,6 +72,8 @@ def test_weights_elsewhere_are_not_files(tmp_path, monkeypatch):
     torch.save({}, tmp_path / 'w.pth')
     cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt='~/w.pth')
     assert missing_inputs(cfg) == []
+    cfg.model.teacher_ckpt = '~backup.pth'  # no user has this name
+    assert missing_inputs(cfg)[0].startswith('model.teacher_ckpt not found')
     cfg.model.teacher_ckpt = 's3://bucket/w.pth'
     sentence, = missing_inputs(cfg)
     assert sentence.startswith('model.teacher_ckpt: ') and 'only MMEngine\'s own loader' in sentence

@@ -144,6 +144,9 @@ def test_files_that_are_no_images_are_named_and_linked_folders_read(monkeypatch,
     (tmp_path / 'elsewhere').mkdir()
     images(tmp_path / 'elsewhere', 1)
     (folder / 'link').symlink_to(tmp_path / 'elsewhere')
+    (folder / 'deep/up').symlink_to(folder)  # a cycle
+    (folder / '.thumbnails').mkdir()
+    images(folder / '.thumbnails', 1)
     (folder / 'broken.PNG').write_text('x')
     names = [path.relative_to(folder).as_posix() for path in images_in(folder)]
     assert names == ['0.png', '2.png', 'broken.PNG', 'deep/1.png', 'deep/3.png', 'link/0.png']

@@ -77,7 +77,8 @@ def test_the_learning_rate_is_scaled_with_the_images_of_an_optimizer_step(capsys
     assert load(cfg_options=options).auto_scale_lr.base_batch_size == base
 
 
-def test_amp_knows_the_wrapper_by_its_path():
+def test_amp_knows_the_wrapper_by_its_path(monkeypatch):
+    monkeypatch.setattr(train, 'is_cuda_available', lambda: False)
     wrapper = 'mmengine.optim.optimizer.optimizer_wrapper.OptimWrapper'
     assert 'Autocast' in load(amp=True, cfg_options={'optim_wrapper.type': wrapper}).optim_wrapper.type
 
@@ -108,3 +109,14 @@ train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=90000, val_
             load(str(config))
     config.write_text(''.join(parts).replace('BY_EPOCH', 'False'))
     assert load(str(config)).train_cfg.max_iters == 90000
+    for extra, message in (('default_hooks = dict(checkpoint=dict(_delete_=True))', 'default_hooks.checkpoint: counts'),
+                           ("default_hooks = dict(checkpoint=dict(_delete_=True, type='Mine', minutes=30))", None),
+                           ("param_scheduler = dict(_delete_=True, student=[dict(type='MultiStepLR', milestones=[6])])",
+                            'param_scheduler.student.0: MultiStepLR counts epochs')):
+        config.write_text(parts[0] + (parts[1] if 'param' in extra else '') + extra + '\n' + (
+            '' if 'param' in extra else parts[2].replace('BY_EPOCH', 'False')))
+        if message is None:
+            assert load(str(config)).default_hooks.checkpoint.minutes == 30
+            continue
+        with pytest.raises(ValueError, match=message):
+            load(str(config))

@@ -195,10 +195,11 @@ def summary(task: Task, found: Found) -> str:
     teacher, alone = values(task, found, 'teacher')[0], values(task, found, 'student')
     means = {name: statistics.fmean(values(task, found, name).values())
              for name in task.experiments if name != 'student' and values(task, found, name)}
-    most = max((len(found[name]) for name in means), default=0)
+    seeds = {name: len(values(task, found, name)) for name in means}
+    most = max(seeds.values(), default=0)
     sentences = []
     if alone and means:
-        best = max((name for name in means if len(found[name]) == most), key=means.get)  # of those with most seeds
+        best = max((name for name in means if seeds[name] == most), key=means.get)  # of those with most seeds
         sentences.append(
             f'{task.title}: the teacher has {teacher:.1f} {task.unit}, the student alone '
             f'{statistics.fmean(alone.values()):.1f}, and with {task.experiments[best].label} {means[best]:.1f}, which '
@@ -277,8 +278,8 @@ def bars(task: Task, found: Found, path: Path) -> None:
 
 def policy(task: Task, found: Found, path: Path) -> None:
     """Draws the probability of each operation during the search; draws nothing if there was no search."""
-    searched = {name: [line['policy'] for line in lines.values()] for name, lines in found.items()
-                if all('policy' in line for line in lines.values())}
+    searched = {name: [line['policy'] for line in lines.values() if 'policy' in line] for name, lines in found.items()
+                if any('policy' in line for line in lines.values())}
     if not searched:
         return
     figure, axes = plt.subplots(1, len(searched), figsize=(3.6 * len(searched), 3.6), sharey=True, squeeze=False)

@@ -61,8 +61,8 @@ class FreezePolicyHook(Hook):
         length = runner.max_epochs if self.by_epoch else runner.max_iters
         if self.end >= length:
             unit = 'epochs' if self.by_epoch else 'iterations'
-            runner.logger.warning(f'FreezePolicyHook: the search lasts {self.end} {unit} and the run {length}, so the '
-                                  f'policy is never frozen. A sixth of the run is usual: search_'
+            runner.logger.warning(f'FreezePolicyHook: the search would end after {self.end} {unit}, and the run has '
+                                  f'{length}, so the policy is never frozen. A sixth of the run is usual: search_'
                                   f'{"epochs" if self.by_epoch else "iters"}={max(1, round(length / 6))}')
 
     @property

@@ -120,10 +120,6 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         fields = split_by_teacher(TeacherFields(teacher, distiller, teacher_ckpt, inherit, teacher_precision,
                                                 teacher_input_size))
         fields = {name: check_fields(name, each, allow_random_teacher) for name, each in fields.items()}
-        inherited = [module for each in fields.values() for module in each.inherit]
-        if student_ckpt and inherited:
-            raise ValueError(f'student_ckpt: inherit would replace its {", ".join(inherited)} by the teacher\'s. Leave '
-                             'out student_ckpt, or add --cfg-options model.inherit=[]')
 
         # The student's constructor adds to its preprocessor (mixup and CutMix in MMPretrain), so it must build it.
         if isinstance(architecture, dict):
@@ -153,6 +149,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 self._leave_out_the_task()
 
         if student_ckpt:
+            inherited = [module for each in teachers.values() for module in each.inherit]
+            if inherited:
+                raise ValueError(f'student_ckpt: inherit would replace its {", ".join(inherited)} by the teacher\'s. '
+                                 'Leave out student_ckpt, or add --cfg-options model.inherit=[]')
             try:
                 load_completely(self.student, student_ckpt, 'student_ckpt', trust_checkpoint)
             except ValueError as error:
@@ -449,7 +449,7 @@ def _after_load(model: TeacherStudentDistill, incompatible) -> None:
     missing = [key for key in incompatible.missing_keys if 'num_batches_tracked' not in key]
     if error_msgs is not None and (missing or unexpected or error_msgs):
         raise ValueError('The checkpoint does not fit the model of this config. To start from its student alone, set '
-                         'model.student_ckpt to it:\n' + '\n'.join(
+                         'model.student_ckpt to it and model.inherit to []:\n' + '\n'.join(
             [f'missing: {key}' for key in missing[:20]] + [f'unexpected: {key}' for key in unexpected[:20]]
             + error_msgs[:20]))
     if error_msgs is None and model.is_init and model.training and any(

@@ -153,7 +153,8 @@ class DAFA(BaseModule):
         if f'{prefix}is_frozen' in state_dict:
             raise ValueError(
                 f'{prefix[:-1] or "DAFA"}: the checkpoint has a policy of mmkd_plugin 0.1, whose magnitudes had '
-                'random signs and have another meaning now. Start from its student: model.student_ckpt=CHECKPOINT')
+                'random signs and have another meaning now. Start from its student: model.student_ckpt=CHECKPOINT '
+                'model.inherit=[]')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._forget_host()
 

@@ -99,7 +99,7 @@ def test_by_iterations(train):
 
 def test_a_search_as_long_as_the_run_is_warned_of(train):
     runner = train('a', epochs=2, hooks=[dict(search_epochs=2)])
-    assert 'the search lasts 2 epochs and the run 2, so the policy is never frozen' in runner.log
+    assert 'the search would end after 2 epochs, and the run has 2, so the policy is never frozen' in runner.log
     assert 'search_epochs=1' in runner.log
 
 

@@ -71,9 +71,9 @@ def test_a_student_for_other_classes_is_shown_to_load_from(build, tmp_path):
     other = build(classifier(8, num_classes=7), 'mmpretrain', seed=9)
     torch.save(other.state_dict(), tmp_path / 'x.pth')
     with pytest.raises(ValueError, match='(?s)^student_ckpt: .*head.fc.*other classes, set load_from to the file'):
-        build(distil(student_ckpt=str(tmp_path / 'x.pth')), 'mmpretrain')
+        build(distil(inherit=[], student_ckpt=str(tmp_path / 'x.pth')), 'mmpretrain')
     with pytest.raises(ValueError, match='^student_ckpt: cannot load .*none.pth') as error:
-        build(distil(student_ckpt='none.pth'), 'mmpretrain')
+        build(distil(inherit=[], student_ckpt='none.pth'), 'mmpretrain')
     assert 'load_from' not in str(error.value)
     model = build(distil(inherit=[]), 'mmpretrain')
     load_checkpoint(model, str(tmp_path / 'x.pth'))
