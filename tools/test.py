@@ -42,7 +42,10 @@ def main() -> None:
     missing = missing_inputs(cfg, training=False)
     if missing:
         sys.exit('\n'.join(missing))
-    student = build_student(cfg, args.checkpoint, args.trust_checkpoint)
+    try:
+        student = build_student(cfg, args.checkpoint, args.trust_checkpoint)
+    except ValueError as error:
+        sys.exit(str(error))
     cfg = plain_config(cfg)
     cfg.load_from = None
     cfg.resume = False
