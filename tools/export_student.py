@@ -24,7 +24,7 @@ from mmkd_plugin.deploy.int8 import quantize
 from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx, graph_of
 from mmkd_plugin.deploy.pictures import draw
 from mmkd_plugin.deploy.report import COLUMNS, Report
-from mmkd_plugin.deploy.sample_batch import sample_batch
+from mmkd_plugin.deploy.sample_batch import sample_batch, test_pipeline
 from mmkd_plugin.deploy.student import build_student, export_student, image_channels, plain_config
 from mmkd_plugin.utils import type_name
 
@@ -147,10 +147,6 @@ def about(args: argparse.Namespace, plain: Config) -> dict:
     meta = read_checkpoint(args.out, 'out', args.trust_checkpoint)['meta'].get('dataset_meta') or {}
     found = dict(classes=list(meta['classes'])) if meta.get('classes') else {}
     return {**found, **preparation(test_pipeline(plain))}
-
-
-def test_pipeline(plain: Config) -> list[dict]:
-    return (plain.get('test_dataloader') or plain.val_dataloader).dataset.get('pipeline', [])
 
 
 def check_pixels(pipeline: list[dict]) -> None:

@@ -53,11 +53,9 @@ def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
         path: path of its file.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-    dataset = cfg[_loader(cfg)].dataset
-    while 'pipeline' not in dataset:
-        dataset = dataset.get('dataset') or dataset.datasets[0]
-    loads = [type_name(step['type']).startswith('Load') for step in dataset.pipeline]  # images, annotations
-    steps = [step for step, load in zip(dataset.pipeline, loads) if not load]
+    pipeline = test_pipeline(cfg)
+    loads = [type_name(step['type']).startswith('Load') for step in pipeline]  # images, annotations
+    steps = [step for step, load in zip(pipeline, loads) if not load]
     height, width = image.shape[:2]
     item = dict(img=image, img_path=path, img_id=0, img_shape=(height, width), ori_shape=(height, width),
                 height=height, width=width, instances=[])
@@ -65,6 +63,14 @@ def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
         image = cv2.resize(image, (_IN_MEMORY, _IN_MEMORY), interpolation=cv2.INTER_AREA)
         item.update(img=image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1]), img_path=None)
     return Compose(steps)(item)
+
+
+def test_pipeline(cfg: Config) -> list[dict]:
+    """Returns the pipeline of the test set or, if there is none, of the validation set."""
+    dataset = cfg[_loader(cfg)].dataset
+    while 'pipeline' not in dataset:
+        dataset = dataset.get('dataset') or dataset.datasets[0]
+    return dataset.pipeline
 
 
 def _loader(cfg: Config) -> str:

@@ -1,5 +1,5 @@
 # SoKD on FitNet. The policy is searched in the first quarter of the epochs. DAM has its default weights, with which the
-# demo was measured. The configs for COCO have a tenth to a third of them.
+# demo was measured. The configs for COCO have 0.3 times these weights.
 _base_ = './fitnet_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py'
 
 model = dict(distiller=dict(type='mmkd_plugin.SoKDDistiller'))
