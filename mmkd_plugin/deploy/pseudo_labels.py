@@ -73,11 +73,13 @@ def images_in(folder: str | Path) -> list[Path]:
     found, seen = [], set()
     for base, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(base)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith('.')]
-        if real not in seen:
-            found += [Path(base, name) for name in names
-                      if not name.startswith('.') and Path(name).suffix.lower() in ENDINGS]
+        if real in seen:  # a link leads back
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        found += [Path(base, name) for name in names
+                  if not name.startswith('.') and Path(name).suffix.lower() in ENDINGS]
     if not found:
         raise ValueError(f'IMAGES: no images in the folder {str(folder)!r}, expected files that end with '
                          f'{", ".join(ENDINGS)}')
