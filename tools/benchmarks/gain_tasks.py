@@ -121,6 +121,9 @@ def bccd() -> Task:
         cwd=by('CWD', feature(neck, 'cwd'), one(10.0, 3.0, 30.0, 100.0)),
         mgd=by('MGD', feature(neck, 'mgd'), one(3e-4, 1e-4, 1e-3, 3e-3)),
         reviewkd=by('ReviewKD', feature(neck, 'reviewkd'), one(10.0, 3.0, 30.0, 100.0)),
+        crosskd=by('CrossKD', feature([], 'crosskd'), one(1.0, 0.3, 3.0, 10.0)),
+        pkd_crosskd=by('PKD + CrossKD', feature(neck, 'pkd', 'crosskd'), grid((30.0, 60.0), (1.0, 0.3)), 'pkd',
+                       seeds=CLAIM),
         amd_paper=by('AMD, paper form', feature(neck, 'amd'), one(10.0, 1.0, 100.0, 1000.0), 'at'),
         amd_global=by('AMD, scale-free', feature(neck, dict(
             preset='amd-scale-free', loss=dict(local_grid=1))), base='at', weights_of='amd'),
