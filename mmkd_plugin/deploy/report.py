@@ -1,10 +1,11 @@
 """Accuracy and cost of a student, its teacher, and its exports."""
+import copy
 import io
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -14,6 +15,8 @@ from ..config.cfg_path import build_cfg_path
 from ..config.metafile import metafile_metrics
 from ..config.teachers import teachers_in
 from ..models.algorithms.inherit import num_classes
+from ..models.algorithms.teacher_inputs import TeacherInputs
+from ..models.dummy_input import check_size
 from .cost import latency, size
 from .evaluation import evaluate
 from .onnx_model import OnnxModel
@@ -54,7 +57,7 @@ class Report:
         self.without_weights: set[str] = set()  # teachers
         for name, (teacher, weights) in teachers.items():
             try:
-                self._add_teacher(name, teacher, weights or '', num_classes(student))
+                self._add_teacher(name, teacher, weights or '', student)
             except Exception as error:  # the export of the student does not need it
                 self.models.pop(name, None)
                 self.without_weights.discard(name)
@@ -105,9 +108,9 @@ class Report:
         self.found[name] = dict(costs, accuracy=None, file_bytes=(
             Path(file).stat().st_size if file else _file_bytes(model)))
 
-    def _add_teacher(self, name: str, config: dict, weights: str, classes: list[int]) -> None:
+    def _add_teacher(self, name: str, config: dict, weights: str, student: BaseModel) -> None:
         teacher = self._build_teacher(name, config).eval()
-        own = num_classes(teacher)
+        own, classes = num_classes(teacher), num_classes(student)
         if own and classes and not set(classes) <= set(own):
             raise ValueError(f'it has {own} classes and the student {classes}, so it cannot be evaluated on the same '
                              'data')
@@ -115,6 +118,11 @@ class Report:
             load_completely(teacher, weights, name.replace('teacher', 'teacher_ckpt', 1), self.trust)
         else:
             self.without_weights.add(name)
+        resized = self.cfg.model.get('teacher_input_size')
+        if isinstance(resized, dict):
+            resized = resized.get(name.removeprefix('teacher.'))
+        if resized:
+            teacher.data_preprocessor = _Resized(student.data_preprocessor, teacher.data_preprocessor, resized)
         self._add(name, teacher)
         known = metafile_metrics(str(config.get('cfg_path')))
         if known:
@@ -129,6 +137,21 @@ class Report:
         init_default_scope(self.cfg.get('default_scope', 'mmengine'))
         with data_only(self.trust):
             return MODELS.build(config)
+
+
+class _Resized(BaseDataPreprocessor):
+    """Preprocessor of a teacher with ``teacher_input_size``, which prepares its images as the distillation does."""
+
+    def __init__(self, student: BaseDataPreprocessor, teacher: BaseDataPreprocessor, size: object) -> None:
+        super().__init__()
+        self.student = copy.deepcopy(student)
+        self.inputs = TeacherInputs.between(student, teacher, check_size('teacher_input_size', size))
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        data = self.student(data, training)
+        images, samples = data['inputs'], data.get('data_samples')
+        own = self.inputs(images, samples)
+        return dict(data, inputs=own, data_samples=self.inputs.samples(samples, images.shape[2:], own.shape[2:]))
 
 
 def _place(found: tuple[str, dict]) -> int:

@@ -192,3 +192,9 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message), finished('--onnx', tmp_path / 'a', overwrite=True) as unfinished:
         unfinished.write_text('new')
     assert [path.name for path in tmp_path.iterdir()] == ['a'] and (tmp_path / 'a').read_text() == 'old'
+
+
+def test_an_error_of_another_file_is_not_called_one_of_writing(tmp_path):
+    with pytest.raises(PermissionError, match='images'), finished('--onnx', tmp_path / 'a'):
+        raise PermissionError(13, 'Permission denied', '/data/images')
+    assert not any(tmp_path.iterdir())

@@ -427,3 +427,26 @@ def test_a_teacher_without_a_preprocessor_gets_the_students_in_the_report(tmp_pa
     models = Report(cfg, str(tmp_path / 's.pth'), detection_batch(size=64)).models
     mean = models['student'].data_preprocessor.mean
     assert mean.sum() > 0 and torch.equal(models['teacher'].data_preprocessor.mean, mean)
+
+
+def test_the_report_resizes_the_images_of_a_teacher_as_the_distillation_does(tmp_path):
+    cfg = Config.fromfile(DIGITS)
+    cfg.model.teacher = Config.fromfile('configs/benchmarks/digits/retinanet_r18-c32_digits.py').model
+    cfg.model.teacher_ckpt = str(tmp_path / 't.pth')
+    init_default_scope('mmdet')
+    torch.save(dict(meta={}, state_dict=MODELS.build(cfg.model.teacher).state_dict()), cfg.model.teacher_ckpt)
+    torch.save(dict(meta={}, state_dict=MODELS.build(plain_config(cfg).model).state_dict()), tmp_path / 's.pth')
+    batch = detection_batch(size=64)
+    plain = Report(cfg, str(tmp_path / 's.pth'), batch).found['teacher']
+    cfg.model.teacher_input_size = (128, 160)
+    report = Report(cfg, str(tmp_path / 's.pth'), batch)
+    assert report.found['teacher']['flops'] == pytest.approx(5 * plain['flops'], rel=0.05)
+    found = report.models['teacher'].test_step(batch)
+    algorithm = MODELS.build(cfg.model).eval()
+    data = algorithm.data_preprocessor(batch, False)
+    teacher = algorithm.teachers['']
+    with torch.no_grad():
+        expected = teacher.network(*teacher.batch(data['inputs'], data['data_samples']), mode='predict')
+    for one, other in zip(found, expected):
+        assert len(one.pred_instances) > 0
+        torch.testing.assert_close(one.pred_instances.bboxes, other.pred_instances.bboxes)
