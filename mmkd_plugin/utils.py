@@ -3,6 +3,9 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from mmengine.model import is_model_wrapper
+from torch import nn
+
 
 def check_number(field: str,
                  value: float,
@@ -39,3 +42,22 @@ def closest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     matches = get_close_matches(str(name), names, n=5, cutoff=0.4) or names[:10]
     return f'the closest are: {", ".join(matches)}' if matches else 'there are none'
+
+
+def in_words(error: Exception) -> str:
+    """Returns the type of an exception, and its message on one line, or the place it was raised at if it has none."""
+    message = ' '.join(str(error).split()).rstrip('.')
+    if not message:
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        code = trace.tb_frame.f_code if trace else None
+        message = f'in {code.co_name} of {code.co_filename.rpartition("/")[2]}, line {trace.tb_lineno}' if code else ''
+    if len(message) > 400:
+        message = f'{message[:400]}...'
+    return f'{type(error).__name__}: {message}'
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside MMEngine's wrapper for several processes, or the model itself."""
+    return model.module if is_model_wrapper(model) else model

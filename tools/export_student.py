@@ -25,7 +25,8 @@ from mmkd_plugin.deploy.onnx_export import check_onnx, export_onnx, graph_of
 from mmkd_plugin.deploy.pictures import draw
 from mmkd_plugin.deploy.report import COLUMNS, Report
 from mmkd_plugin.deploy.sample_batch import sample_batch, test_pipeline
-from mmkd_plugin.deploy.student import build_student, export_student, image_channels, plain_config
+from mmkd_plugin.deploy.student import build_student, export_student, plain_config
+from mmkd_plugin.models.dummy_input import input_channels
 from mmkd_plugin.utils import type_name
 
 
@@ -73,7 +74,7 @@ def export(args: argparse.Namespace) -> None:
         check_pixels(test_pipeline(plain))
     say_exported(args, export_student(cfg, args.checkpoint, args.out, args.overwrite, args.trust_checkpoint))
     model = build_student(cfg, args.out, args.trust_checkpoint).eval()
-    batch, source = sample_batch(plain, image_channels(model))
+    batch, source = sample_batch(plain, input_channels(model))
     print(f'Checked with {source}: its outputs are bit-identical to those of the distilled student.')
 
     run_test = partial(evaluate, plain, option='--onnx', trust_checkpoint=args.trust_checkpoint)

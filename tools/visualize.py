@@ -62,6 +62,8 @@ def main() -> None:
 @torch.no_grad()
 def visualize(cfg: Config, args: argparse.Namespace) -> None:
     check_names(args.images)
+    if args.trust_checkpoint and 'architecture' in cfg.model:
+        cfg.model.trust_checkpoint = True
     model, content = build_start(cfg), read_checkpoint(args.checkpoint, 'checkpoint', args.trust_checkpoint)
     items = [read(cfg, path) for path in args.images]
     before = [see(model, item) for item in items]
@@ -86,7 +88,7 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
 
 def build_start(cfg: Config) -> TeacherStudentDistill:
     """Builds the model in its state before training: with the config's seed, and pretrained or inherited weights."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     set_random_seed(cfg.get('randomness', {}).get('seed') or 0)

@@ -12,25 +12,27 @@ from ..utils import type_name
 from .reading import STUDENT_PREFIX, read_checkpoint
 
 HOOKS = dict(
-    reseed=dict(type='mmkd_plugin.ReseedHook'),
-    non_finite_loss=dict(type='mmkd_plugin.NonFiniteLossHook'),
-    best_student=dict(type='mmkd_plugin.BestStudentHook'))
+    reseed='mmkd_plugin.ReseedHook',
+    non_finite_loss='mmkd_plugin.NonFiniteLossHook',
+    best_student='mmkd_plugin.BestStudentHook')
 
 
 def add_safety_hooks(cfg: Config) -> None:
     """Adds hooks to ``cfg.default_hooks`` that make a run resume exactly, stop on a bad loss and keep the best student.
 
-    It adds ``HOOKS``, except those that the config sets itself; None removes a hook. The last one is added only if a
-    student is distilled and validated. :class:`SafeCheckpointHook` replaces MMEngine's ``CheckpointHook``.
+    It adds ``HOOKS``. Fields of the config stay, and None removes a hook. The last one is added only if a student is
+    distilled and validated. :class:`SafeCheckpointHook` replaces MMEngine's ``CheckpointHook``.
     """
     if not cfg.get('default_hooks'):
         cfg.default_hooks = {}
     hooks = cfg.default_hooks
     has_student = 'architecture' in cfg.model and cfg.get('val_dataloader') is not None
-    for name, hook in HOOKS.items():
+    for name, kind in HOOKS.items():
         if name != 'best_student' or has_student:
-            hooks.setdefault(name, hook)
-        if name in hooks and hooks[name] is None:
+            hooks.setdefault(name, {})
+        if hooks.get(name) is not None:
+            hooks[name].setdefault('type', kind)
+        elif name in hooks:
             del hooks[name]  # MMEngine accepts None for its own hooks only
     hooks.setdefault('checkpoint', {})
     checkpoint = hooks['checkpoint']  # a ConfigDict copies what it gets

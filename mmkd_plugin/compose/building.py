@@ -8,6 +8,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
 from ..checkpoints.initialize import forget_weights_files
+from ..utils import in_words
 
 
 def build_random(model: dict, scope: str) -> BaseModel:
@@ -56,17 +57,3 @@ def answering(begin: str, end: str = '') -> Iterator[None]:
         yield
     except Exception as error:  # models of other libraries raise many types
         raise ValueError(f'{begin}: {in_words(error)}{end}') from error
-
-
-def in_words(error: Exception) -> str:
-    """Returns the type of an exception, and its message on one line, or the place it was raised at if it has none."""
-    message = ' '.join(str(error).split()).rstrip('.')
-    if not message:
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        code = trace.tb_frame.f_code if trace else None
-        message = f'in {code.co_name} of {code.co_filename.rpartition("/")[2]}, line {trace.tb_lineno}' if code else ''
-    if len(message) > 400:
-        message = f'{message[:400]}...'
-    return f'{type(error).__name__}: {message}'

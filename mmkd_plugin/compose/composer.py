@@ -9,7 +9,7 @@ from mmengine.config import Config
 from ..checkpoints.guard import data_only
 from ..models.distillers.presets import PRESETS
 from ..models.tokens import to_map
-from .building import in_words
+from ..utils import in_words
 from .network import Network, same_classes, stride
 from .text import Plan, config_text
 from .trial import Trial, try_one_step

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from ..config.cfg_path import read_cfg_path
+from ..config.datasets import dataset_class, wrapped
 from ..models.algorithms.inherit import num_classes
 from ..models.area_detectors.heatmap_anchor import level_stride
 from ..models.dummy_input import input_channels
@@ -249,15 +249,11 @@ class Network:
 
     def class_names(self) -> tuple[str, ...] | None:
         """Returns the class names of the training data, or None if the config does not have them."""
-        dataset = (self.cfg.get('train_dataloader') or {}).get('dataset', {})
-        while 'dataset' in dataset or 'datasets' in dataset:  # wrappers such as RepeatDataset and ConcatDataset
-            dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
+        *_, dataset = {}, *wrapped((self.cfg.get('train_dataloader') or {}).get('dataset'))
         names = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')  # `classes` is MMPretrain's
-        kind = dataset.get('type')
-        if names is None and kind:
-            with DATASETS.switch_scope_and_registry(self.cfg.get('default_scope')) as registry:
-                kind = registry.get(kind) if isinstance(kind, str) else kind
-                names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
+        if names is None:
+            kind = dataset_class(dataset, self.cfg.get('default_scope'))
+            names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
         return tuple(names) if isinstance(names, (list, tuple)) else None
 
 

@@ -60,7 +60,7 @@ def build_cfg_path(cfg_path: str, field: str, pretrained: bool = False, trust_ch
         return model
     if pretrained:
         raise ValueError(f'{field}: pretrained=True is for a library\'s config, not for the file {cfg_path!r}')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')), data_only(trust_checkpoint):
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'), data_only(trust_checkpoint):
         return MODELS.build(cfg.model)
 
 

@@ -1,6 +1,8 @@
 """The size of the training images, if the data pipeline fixes it."""
 from mmengine.config import Config
 
+from .datasets import pipeline_of
+
 _VARIES = ('ResizeEdge', 'RandomResize', 'RandomChoiceResize', 'ResizeShortestEdge', 'Mosaic', 'RandomAffine')
 _FIXES = {'RandomResizedCrop': 'scale', 'EfficientNetRandomCrop': 'scale', 'CenterCrop': 'crop_size',
           'EfficientNetCenterCrop': 'crop_size', 'Resize': 'scale', 'Pad': 'size'}
@@ -12,11 +14,8 @@ def fixed_input_size(cfg: Config) -> tuple[int, int] | None:
     The last transform that sets a size counts. A resize that keeps the aspect ratio does not fix the size. Neither does
     a random crop of MMDetection, because its images may be smaller.
     """
-    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or {}
-    while not dataset.get('pipeline') and (dataset.get('dataset') or dataset.get('datasets')):
-        dataset = dataset.get('dataset') or dataset['datasets'][0]
     found = None
-    for transform in dataset.get('pipeline') or []:
+    for transform in pipeline_of((cfg.get('train_dataloader') or {}).get('dataset')):
         scope, _, kind = str(transform.get('type')).rpartition('.')
         if kind in _VARIES or kind == 'Resize' and transform.get('keep_ratio'):
             found = None

@@ -1,15 +1,15 @@
 """Check for missing data and weights before training starts."""
 import os
 from collections.abc import Iterator
-from inspect import signature
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from ..checkpoints.reading import read_checkpoint
 from ..checkpoints.unpickler import RefusedError
 from .cfg_path import read_cfg_path
+from .datasets import downloads
 from .teachers import teachers_in
 
 
@@ -27,8 +27,7 @@ def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = 
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     loaders = ('train_dataloader', 'val_dataloader') if training else ('test_dataloader', )
     evaluators = ('val_evaluator', ) if training else ('test_evaluator', )
-    found = [sentence for name in loaders if cfg.get(name)
-             for sentence in _missing_data(cfg[name].get('dataset', {}), f'{name}.dataset')]
+    found = [sentence for name in loaders for sentence in missing_data(cfg, name)]
     unlabelled = (cfg.get('train_cfg') or {}).get('unlabelled_dataloader')
     if training and unlabelled:
         found += _missing_data(unlabelled.get('dataset', {}), 'train_cfg.unlabelled_dataloader.dataset')
@@ -42,6 +41,12 @@ def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = 
         found.append(f'To make this data: {cfg.data_command}')
     return found + (
         list(_missing_weights(cfg, trust_checkpoint)) if training else [])
+
+
+def missing_data(cfg: Config, loader: str) -> list[str]:
+    """Returns such a sentence for each file that is missing from the data set of a data loader, if there is one."""
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return list(_missing_data((cfg.get(loader) or {}).get('dataset', {}), f'{loader}.dataset'))
 
 
 def _sentence(option: str, path: str | Path, why: str = '') -> str:
@@ -69,15 +74,6 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
     for name, part in parts.items():
         if part and not (root / part).exists():
             yield _sentence(name, root / part)
-
-
-def downloads(dataset: dict) -> bool:
-    """Whether the data set downloads itself, as CIFAR and MNIST do."""
-    try:
-        kind = DATASETS.get(str(dataset.get('type')))
-    except Exception:  # building the data set reports a wrong type
-        kind = None
-    return kind is not None and 'download' in signature(kind).parameters and dataset.get('download', True)
 
 
 def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:

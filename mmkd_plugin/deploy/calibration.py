@@ -6,13 +6,17 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
-from ..config.preflight import missing_inputs
+from ..config.datasets import wrapped
+from ..config.preflight import missing_data
+from ..utils import in_words
+from .sample_batch import test_loader, test_pipeline
 
 
 def calibration_batches(cfg: Config, count: int) -> list[dict]:
     """Returns ``count`` images of the training set, evenly spaced, as batches of one image.
 
-    The test pipeline prepares them. If the config has no training data, images of the test set are used.
+    The test pipeline prepares them. If the config has no training data, images of the test or validation set
+    are used.
 
     Args:
         cfg: config of a plain model.
@@ -24,15 +28,13 @@ def calibration_batches(cfg: Config, count: int) -> list[dict]:
     if count < 1:
         raise ValueError(f'--calibrate: expected at least one image, got {count}')
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-    name = 'train_dataloader' if cfg.get('train_dataloader') else 'test_dataloader'
-    missing = missing_inputs(Config(dict(default_scope=cfg.get('default_scope'), test_dataloader=cfg[name])),
-                             training=False)
+    name = 'train_dataloader' if cfg.get('train_dataloader') else test_loader(cfg)
+    missing = missing_data(cfg, name)
     if missing:
-        raise ValueError('--calibrate: ' + '\n'.join(missing).replace('test_dataloader', name))
-    innermost = _innermost(cfg[name].dataset)
-    innermost.pipeline = copy.deepcopy(_innermost(cfg.test_dataloader.dataset).pipeline)
-    dataset = DATASETS.build(dict(innermost, serialize_data=False))  # some fail without images
-    if not len(dataset):
+        raise ValueError('--calibrate: ' + '\n'.join(missing))
+    *_, innermost = wrapped(cfg[name].dataset)
+    dataset = DATASETS.build(copy.deepcopy(dict(innermost, pipeline=test_pipeline(cfg), serialize_data=False)))
+    if not len(dataset):  # without serialize_data=False, some fail in the constructor
         raise ValueError(f'--calibrate: {name}.dataset has no images')
     batches = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)):
@@ -41,13 +43,6 @@ def calibration_batches(cfg: Config, count: int) -> list[dict]:
         except Exception as error:  # decoders raise many types
             path = dataset.get_data_info(int(index)).get('img_path', 'in memory')
             raise ValueError(f'--calibrate: image {index} of {name}.dataset ({path}) cannot be read: '
-                             f'{error}') from error
+                             f'{in_words(error)}') from error
         batches.append(pseudo_collate([item]))
     return batches
-
-
-def _innermost(dataset: dict) -> dict:
-    dataset = copy.deepcopy(dataset)
-    while 'dataset' in dataset or 'datasets' in dataset:  # RepeatDataset, MultiImageMixDataset, ConcatDataset
-        dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
-    return dataset

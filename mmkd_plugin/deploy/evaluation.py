@@ -38,7 +38,7 @@ def evaluate(plain: Config, model: nn.Module, option: str = '--evaluate',
         # A visualizer with the config's name would be that of the previous run, whose folder is deleted.
         cfg.update(work_dir=work_dir, load_from=None, resume=False, launcher='none', custom_hooks=[], visualizer=None,
                    experiment_name=f'evaluation_{id(model)}')
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
         # TensorFloat-32 would change the result, which is compared with that of an ONNX file.
         with data_only(trust_checkpoint), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             runner = Runner.from_cfg(cfg)

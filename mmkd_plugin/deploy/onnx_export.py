@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..compat import StackError
+from ..utils import in_words
 from .agreement import compare_detections, compare_tensors
 from .detector_graph import DetectorGraph, why_not
 from .evaluation import headline
@@ -189,7 +190,7 @@ def _write(graph: nn.Module, inputs: tuple[Tensor, ...], names: list[str], free:
                               output_names=names, dynamic_axes=dynamic, opset_version=OPSET, **options)
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ValueError(f'--onnx: torch {torch.__version__} cannot write {type(graph.network).__name__} as ONNX '
-                             f'of opset {OPSET}: {str(error).strip().splitlines()[0]}') from error
+                             f'of opset {OPSET}: {in_words(error)}') from error
 
 
 def _describe(model: BaseModel, inputs: tuple[Tensor, ...], free: list[int]) -> dict:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_model
-from ..config.preflight import missing_inputs
+from ..config.preflight import missing_data
 from ..config.teachers import names_of
 from ..models.algorithms.inherit import num_classes
 from .sample_batch import as_tested
@@ -135,8 +135,7 @@ def validation_threshold(model: nn.Module, plain: Config, track: Track) -> tuple
     Raises:
         ValueError: data are missing, or no prediction is correct.
     """
-    missing = missing_inputs(Config(dict(test_dataloader=plain.val_dataloader,
-                                         default_scope=plain.get('default_scope'))), training=False)
+    missing = missing_data(plain, 'val_dataloader')
     if missing:
         raise ValueError('--score-thr auto: ' + '\n'.join(missing))
     dataset = DATASETS.build(plain.val_dataloader.dataset)

@@ -17,6 +17,7 @@ from ..config.teachers import teachers_in
 from ..models.algorithms.inherit import num_classes
 from ..models.algorithms.teacher_inputs import TeacherInputs
 from ..models.dummy_input import check_size
+from ..utils import in_words
 from .cost import latency, size
 from .evaluation import evaluate
 from .onnx_model import OnnxModel
@@ -61,7 +62,7 @@ class Report:
             except Exception as error:  # the export of the student does not need it
                 self.models.pop(name, None)
                 self.without_weights.discard(name)
-                self.found[name] = dict(missing=str(error) or type(error).__name__)
+                self.found[name] = dict(missing=str(error) if isinstance(error, ValueError) else in_words(error))
         if baseline:
             self._add('baseline', build_student(cfg, baseline, trust_checkpoint).eval())
         self._add('student', student, exported)
@@ -134,7 +135,7 @@ class Report:
         preprocessor = self.plain.model.get('data_preprocessor') or self.cfg.get('data_preprocessor')
         if preprocessor:  # as in the distillation
             config = {'data_preprocessor': preprocessor, **config}
-        init_default_scope(self.cfg.get('default_scope', 'mmengine'))
+        init_default_scope(self.cfg.get('default_scope') or 'mmengine')
         with data_only(self.trust):
             return MODELS.build(config)
 

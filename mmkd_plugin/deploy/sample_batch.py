@@ -8,7 +8,8 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
-from ..config.preflight import downloads, missing_inputs
+from ..config.datasets import downloads, pipeline_of
+from ..config.preflight import missing_data
 from ..utils import type_name
 
 _IN_MEMORY = 32  # image side of data sets in memory, such as CIFAR
@@ -28,10 +29,9 @@ def sample_batch(cfg: Config, channels: int = 3) -> tuple[dict[str, Any], str]:
         ValueError: the config has neither ``test_dataloader`` nor ``val_dataloader``.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-    name = _loader(cfg)
+    name = test_loader(cfg)
     dataset = cfg[name].dataset
-    only = Config({name.replace('val', 'test'): cfg[name], 'default_scope': cfg.get('default_scope')})
-    if not missing_inputs(only, training=False):
+    if not missing_data(cfg, name):
         try:
             found = DATASETS.build(dict(dataset, download=False) if downloads(dataset) else dataset)
             return pseudo_collate([found[i] for i in range(min(2, len(found)))]), f'the first images of {name}'
@@ -67,13 +67,15 @@ def as_tested(cfg: Config, image: np.ndarray, path: str) -> dict[str, Any]:
 
 def test_pipeline(cfg: Config) -> list[dict]:
     """Returns the pipeline of the test set or, if there is none, of the validation set."""
-    dataset = cfg[_loader(cfg)].dataset
-    while 'pipeline' not in dataset:
-        dataset = dataset.get('dataset') or dataset.datasets[0]
-    return dataset.pipeline
+    return pipeline_of(cfg[test_loader(cfg)].dataset)
 
 
-def _loader(cfg: Config) -> str:
+def test_loader(cfg: Config) -> str:
+    """Returns the name of the data loader of the test set or, if there is none, of the validation set.
+
+    Raises:
+        ValueError: there is neither.
+    """
     for name in ('test_dataloader', 'val_dataloader'):
         if cfg.get(name):
             return name

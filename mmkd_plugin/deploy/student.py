@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely, read_checkpoint
 from ..config.cfg_path import build_model, read_cfg_path
+from ..models.dummy_input import input_channels
 from .cost import RawOutputs
 from .files import finished, refuse_existing
 from .sample_batch import sample_batch
@@ -67,7 +68,7 @@ def build_student(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) 
         ValueError: the checkpoint does not fit the student; or as in :func:`read_checkpoint`.
     """
     cfg = plain_config(cfg)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with data_only(trust_checkpoint):
@@ -120,7 +121,7 @@ def _check_exported(path: Path, cfg: Config, checkpoint: str, trust_checkpoint: 
     text = read_checkpoint(str(path), 'out', trust_checkpoint)['meta']['cfg']
     exported = build_student(Config.fromstring(text, '.py'), str(path), trust_checkpoint).eval()
     trained = _distilled_student(cfg, checkpoint, trust_checkpoint).eval()
-    batch, _ = sample_batch(plain_config(cfg), image_channels(exported))
+    batch, _ = sample_batch(plain_config(cfg), input_channels(exported))
     for one, other in zip(_outputs(exported, batch), _outputs(trained, batch), strict=True):
         if not torch.equal(one, other):
             raise ValueError(f'out: the outputs of the exported student differ from those of {checkpoint!r} by up to '
@@ -131,7 +132,7 @@ def _distilled_student(cfg: Config, checkpoint: str, trust_checkpoint: bool) -> 
     """Builds the student in the same way as :class:`TeacherStudentDistill`."""
     if 'architecture' not in cfg.model:
         return build_student(cfg, checkpoint, trust_checkpoint)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     architecture = cfg.model.architecture.copy()
     preprocessor = cfg.model.get('data_preprocessor', cfg.get('data_preprocessor'))
     if preprocessor is not None and not architecture.get('cfg_path'):
@@ -139,15 +140,6 @@ def _distilled_student(cfg: Config, checkpoint: str, trust_checkpoint: bool) -> 
     model = build_model('architecture', architecture, trust_checkpoint)
     load_completely(model, checkpoint, 'checkpoint', trust_checkpoint)
     return model
-
-
-def image_channels(model: nn.Module) -> int:
-    """Returns the number of channels of a model's images, 1 or 3."""
-    mean = getattr(model.data_preprocessor, 'mean', None)
-    if mean is not None:
-        return mean.numel()
-    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    return 1 if first == 1 else 3  # YOLOX folds its images to 12 channels
 
 
 @torch.no_grad()

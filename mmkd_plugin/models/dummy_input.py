@@ -86,15 +86,8 @@ def set_dummy_sizes(student: nn.Module, teacher: nn.Module, input_size: Size | N
         student, teacher: the models; each gets an attribute ``dummy_size``.
         input_size: size of the student's images, if the data pipeline fixes it.
         teacher_size: size of the teacher's images, if it gets the batch resized.
-
-    Raises:
-        ValueError: the images of the models differ in the number of channels.
     """
     from mmdet.models.detectors import BaseDetector
-    channels = input_channels(student), input_channels(teacher)
-    if channels[0] != channels[1]:
-        raise ValueError(f'teacher: expected a model for images with {channels[0]} channel(s), like the student, got '
-                         f'one for {channels[1]}. Use a teacher for such images')
     size = input_size or ((256, 256) if isinstance(student, BaseDetector) else (224, 224))
     divisor = math.lcm(size_divisor(student), size_divisor(teacher))
     first = padded(size, divisor if divisor <= _LARGEST_DIVISOR else size_divisor(student))

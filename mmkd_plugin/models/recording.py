@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..utils import check_dict, closest, type_name
+from ..utils import check_dict, closest, in_words, type_name
 from .dummy_input import dummy_inputs, dummy_size
 
 
@@ -191,8 +191,8 @@ def record_dummy_input(model: nn.Module, recorders: RecorderManager, calls: dict
                 raise
         except Exception as error:  # models raise many types
             size = ' x '.join(map(str, dummy_size(model)))
-            raise ValueError(f'{type(model).__name__} does not run on one image of {size}, {type(error).__name__}: '
-                             f'{error}. If its images have another size, set input_size, or teacher_input_size for a '
+            raise ValueError(f'{type(model).__name__} does not run on one image of {size}, {in_words(error)}. '
+                             f'If its images have another size, set input_size, or teacher_input_size for a '
                              'teacher') from error
         change_records(recorders, Tensor.cpu)
     forward.remove()

@@ -42,13 +42,13 @@ class MapView(NamedTuple):
 def check_drawable(model: nn.Module) -> None:
     """Raises ``ValueError`` unless the model distils feature maps."""
     if not isinstance(model, TeacherStudentDistill):
-        raise ValueError('DistillVisualizationHook: needs a model of type mmkd_plugin.TeacherStudentDistill, got '
-                         f'{type(model).__name__}. Remove the hook')
+        raise ValueError('model.type: pictures need mmkd_plugin.TeacherStudentDistill, got '
+                         f'{type(model).__name__}')
     distillers = [teacher.distiller for teacher in model.teachers.values()]
     if not any(getattr(distiller, 'layers', ()) for distiller in distillers):
-        raise ValueError(f'DistillVisualizationHook: {", ".join(type(each).__name__ for each in distillers)} has no '
-                         'layers, so there are no feature maps to draw. Use a FeatureDistiller, AMDDistiller or '
-                         'SoKDDistiller with layers=[...], or remove the hook')
+        raise ValueError(f'model.distiller: {", ".join(type(each).__name__ for each in distillers)} has no layers, so '
+                         'there are no feature maps to draw. Use a FeatureDistiller, AMDDistiller or SoKDDistiller '
+                         'with layers=[...]')
 
 
 def look(model: TeacherStudentDistill, inputs: Tensor, data_samples: list | None,

@@ -11,12 +11,12 @@ from mmengine.config import Config
 from mmpretrain.datasets import CIFAR10
 
 from mmkd_plugin.compose import compose
-from mmkd_plugin.compose.building import in_words
 from mmkd_plugin.compose.composer import make_plan
 from mmkd_plugin.compose.network import Network
 from mmkd_plugin.compose.wiring import propose_inherit, propose_layers
 from mmkd_plugin.config.cfg_path import build_cfg_path, read_cfg_path
 from mmkd_plugin.deploy.student import plain_config
+from mmkd_plugin.utils import in_words
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = 'https://example.org/teacher.pth'  # of which nothing is loaded

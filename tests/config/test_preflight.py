@@ -1,6 +1,7 @@
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmpretrain.datasets import CIFAR10
 
 from mmkd_plugin.config.preflight import missing_inputs
 
@@ -54,6 +55,17 @@ def test_each_missing_thing_is_one_sentence_with_its_option(tmp_path, change, op
     sentence, = missing_inputs(cfg)
     assert sentence.startswith(f'{option} not found: looked for ')
     assert sentence.endswith(f'supply it with --cfg-options {option}=PATH')
+
+
+@pytest.mark.parametrize('name', ['CIFAR10', 'mmpretrain.CIFAR10', CIFAR10])
+def test_a_data_set_that_downloads_itself_is_not_missing(tmp_path, name):
+    cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')
+    cfg._cfg_dict['default_scope'] = 'mmpretrain'  # a class cannot be set in a Config
+    cfg._cfg_dict['train_dataloader'] = ConfigDict(dataset=dict(type=name, data_root='no/'))
+    assert missing_inputs(cfg) == []
+    cfg.train_dataloader.dataset.download = False
+    sentence, = missing_inputs(cfg)
+    assert sentence.startswith('train_dataloader.dataset.data_root not found: ')
 
 
 def test_student_ckpt_makes_the_backbones_weights_unneeded(tmp_path):

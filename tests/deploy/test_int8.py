@@ -162,6 +162,8 @@ def test_calibration_takes_training_images_by_the_pipeline_of_the_test(digits):
     assert [sample.img_path.split('/')[-2] for sample in samples] == ['train'] * 3
     assert all(sample.scale_factor == (1., 1.) for sample in samples) and len(calibration_batches(cfg, 100)) == 4
     assert len(cfg.train_dataloader.dataset.pipeline) == 3  # the config stays as it was
+    cfg.train_dataloader = cfg.test_dataloader = None
+    assert {batch['data_samples'][0].img_path.split('/')[-2] for batch in calibration_batches(cfg, 2)} == {'val'}
 
 
 def test_bad_calibration_images_are_said(digits):

@@ -107,6 +107,9 @@ def test_of_a_detector(monkeypatch, capsys, tmp_path):
     again = json.loads((tmp_path / 'auto.json').read_text())
     assert {key: again[key] for key in ('images', 'annotations', 'categories')} == {
         key: written[key] for key in ('images', 'annotations', 'categories')}
+    truth.unlink()
+    with pytest.raises(SystemExit, match='--score-thr auto: val_dataloader.dataset.ann_file not found'):
+        run(monkeypatch, capsys, *arguments, '-o', tmp_path / 'other.json')
 
 
 def test_of_a_classifier(monkeypatch, capsys, tmp_path):

@@ -443,10 +443,10 @@ def test_the_report_resizes_the_images_of_a_teacher_as_the_distillation_does(tmp
     assert report.found['teacher']['flops'] == pytest.approx(5 * plain['flops'], rel=0.05)
     found = report.models['teacher'].test_step(batch)
     algorithm = MODELS.build(cfg.model).eval()
-    data = algorithm.data_preprocessor(batch, False)
-    teacher = algorithm.teachers['']
+    images = algorithm.data_preprocessor(batch, False)
+    frozen = algorithm.teachers['']
     with torch.no_grad():
-        expected = teacher.network(*teacher.batch(data['inputs'], data['data_samples']), mode='predict')
+        expected = frozen.network(*frozen.batch(images['inputs'], images['data_samples']), mode='predict')
     for one, other in zip(found, expected):
         assert len(one.pred_instances) > 0
         torch.testing.assert_close(one.pred_instances.bboxes, other.pred_instances.bboxes)

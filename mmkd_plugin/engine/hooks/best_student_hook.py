@@ -5,7 +5,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import MMFullyShardedDataParallel, is_model_wrapper
+from mmengine.model import MMFullyShardedDataParallel
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import save_checkpoint, weights_to_cpu
 from mmrazor.models.algorithms.base import BaseAlgorithm
@@ -13,6 +13,7 @@ from mmrazor.models.algorithms.base import BaseAlgorithm
 from ...checkpoints.reading import read_checkpoint
 from ...deploy.student import plain_config
 from ...registry import HOOKS
+from ...utils import unwrapped
 from . import safe_checkpoint_hook  # noqa: F401  registers the storage
 
 
@@ -100,7 +101,7 @@ class BestStudentHook(Hook):
             return None
 
     def _write(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         student = model.architecture if isinstance(model, BaseAlgorithm) else model
         meta = dict(best=self.best, epoch=runner.epoch, iter=runner.iter, experiment_name=runner.experiment_name)
         if self._text is not None:

@@ -2,7 +2,6 @@
 from math import isfinite
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, autocast
 from mmengine.runner.loops import ValLoop
 
@@ -12,7 +11,7 @@ from ...models.algorithms import TeacherStudentDistill
 from ...models.algorithms.inherit import num_classes
 from ...models.recording import undisturbed
 from ...registry import HOOKS
-from ...utils import check_number
+from ...utils import check_number, unwrapped
 
 _SLACK = 0.05  # relative shortfall against the known metric that causes a warning
 
@@ -45,7 +44,7 @@ class CheckTeacherHook(Hook):
         self.told: set[str] = set()
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         if not isinstance(model, TeacherStudentDistill):
             raise ValueError(f'CheckTeacherHook: a {type(model).__name__} has no teacher')
         if runner._val_loop is None:

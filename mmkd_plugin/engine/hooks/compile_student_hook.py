@@ -3,12 +3,12 @@ from collections.abc import Iterator
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmrazor.models.algorithms.base import BaseAlgorithm
 from torch import nn
 
 from ...registry import HOOKS
+from ...utils import unwrapped
 
 
 @HOOKS.register_module()
@@ -30,7 +30,7 @@ class CompileStudentHook(Hook):
         self.backend = backend
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         if not hasattr(model, 'student'):
             raise ValueError(f'CompileStudentHook: {type(model).__name__} has no student. For a plain model, set '
                              'compile=True in the config')

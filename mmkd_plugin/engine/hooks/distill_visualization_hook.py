@@ -3,12 +3,11 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ...models.recording import undisturbed
 from ...registry import HOOKS
-from ...utils import check_number
+from ...utils import check_number, unwrapped
 from ...visualization.distill_pictures import check_drawable, draw_policy, draw_views, look, path_of, rgb_image
 
 _HISTORY = 'policy_history'  # in the message hub, which checkpoints keep
@@ -48,7 +47,7 @@ class DistillVisualizationHook(Hook):
         self.num_images = check_number('DistillVisualizationHook.num_images', num_images, least=1, whole=True)
 
     def before_train(self, runner: Runner) -> None:
-        self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self.model = unwrapped(runner.model)
         check_drawable(self.model)
         if runner.val_loop is None:
             raise ValueError('DistillVisualizationHook: val_dataloader is None, but the hook draws validation images. '

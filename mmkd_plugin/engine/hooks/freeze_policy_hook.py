@@ -1,11 +1,10 @@
 """Hook that starts and ends SoKD's policy search and logs the policy."""
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ...models.refiners import DAFA
 from ...registry import HOOKS
-from ...utils import check_number
+from ...utils import check_number, unwrapped
 from ..optimizers.policy_optim_wrapper import PolicyOptimWrapper
 
 
@@ -43,7 +42,7 @@ class FreezePolicyHook(Hook):
         self.policies: dict[str, DAFA] = {}
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         policies = [module for module in model.modules() if isinstance(module, DAFA)]
         self.policies = {'policy' if len(policies) == 1 else f'policy_{i}': policy
                          for i, policy in enumerate(policies)}

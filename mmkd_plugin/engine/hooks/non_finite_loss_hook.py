@@ -4,12 +4,12 @@ import math
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
 from ...registry import HOOKS
+from ...utils import unwrapped
 
 PATIENCE = 50  # iterations in a row that a gradient scaler may skip; each one halves its scale, initially 2^16
 
@@ -30,7 +30,7 @@ class NonFiniteLossHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.step: _Step | None = None
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         self.handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
         self.scaled = any(hasattr(wrapper, 'loss_scaler') for wrapper in _wrappers(runner.optim_wrapper))
         self.skipped = 0

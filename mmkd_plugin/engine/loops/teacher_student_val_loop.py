@@ -1,10 +1,10 @@
 """Validation loop that also reports the teacher's metrics."""
-from mmengine.model import is_model_wrapper
 from mmengine.runner import ValLoop
 
 from ...models.algorithms import TeacherStudentDistill
 from ...models.recording import undisturbed
 from ...registry import LOOPS
+from ...utils import unwrapped
 from ..hooks.check_teacher_hook import check_classes, evaluate_teacher
 
 
@@ -32,7 +32,7 @@ class TeacherStudentValLoop(ValLoop):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         model = self.runner.model
-        self.algorithm = model.module if is_model_wrapper(model) else model
+        self.algorithm = unwrapped(model)
         if not isinstance(self.algorithm, TeacherStudentDistill):
             raise ValueError(f'val_cfg.type: {type(self).__name__} evaluates a teacher, got a '
                              f'{type(self.algorithm).__name__}, expected a TeacherStudentDistill. Remove type')

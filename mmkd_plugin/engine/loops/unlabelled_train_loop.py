@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from ...models.algorithms import TeacherStudentDistill
 from ...models.algorithms.second_batch import WithUnlabelled
 from ...registry import LOOPS
+from ...utils import unwrapped
 
 _ROUNDS = 1000  # passes over the unlabelled loader per epoch that have their own shuffling seeds
 
@@ -104,7 +105,7 @@ def _check(runner: Runner, kwargs: dict) -> None:
     if 'mutator_dataloader' in kwargs:
         raise ValueError('train_cfg.mutator_dataloader: a separate split for the policy search cannot be combined with '
                          'unlabelled images. Remove one of the two loaders')
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     if not isinstance(model, TeacherStudentDistill):
         raise ValueError(f'train_cfg.type: unlabelled images need a distillation, got a {type(model).__name__}, '
                          'expected a TeacherStudentDistill. Use MMEngine\'s train loop')

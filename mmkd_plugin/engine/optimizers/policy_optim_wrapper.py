@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from mmengine.dist import all_reduce
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_CONSTRUCTORS
 from mmengine.registry import OPTIMIZERS
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ...models.refiners import DAFA
 from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
+from ...utils import unwrapped
 
 
 class PolicyOptimWrapper(OptimWrapperDict):
@@ -138,7 +138,7 @@ class PolicyOptimWrapperConstructor:
             dict(type=constructor, optim_wrapper_cfg=optim_wrapper_cfg, paramwise_cfg=paramwise_cfg))
 
     def __call__(self, model: nn.Module) -> PolicyOptimWrapper:
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(model)
         policies = [module for module in model.modules() if isinstance(module, DAFA)]
         if not policies:
             raise ValueError(f'optim_wrapper.constructor: is {type(self).__name__}, but {type(model).__name__} has no '

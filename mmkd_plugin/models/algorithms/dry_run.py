@@ -7,6 +7,7 @@ from mmengine.logging import print_log
 from mmrazor.models.distillers import ConfigurableDistiller
 from torch import Tensor, nn
 
+from ...utils import in_words
 from ..alignment import Alignment, compared_maps, stride_ratio
 from ..dummy_input import dummy_inputs, dummy_size, padded, size_divisor
 from ..recording import PartialForward, change_records, evaluating, record_dummy_input
@@ -88,9 +89,9 @@ def try_odd_size(distiller: ConfigurableDistiller, student: nn.Module, teacher: 
         alignment()
         _try_losses(distiller)
     except Exception as error:  # models raise different errors for an image that they do not accept
-        print_log(f'Distillation fails on an image of {size[0]} x {size[1]}, which the student accepts: {error}. If '
-                  'all training images have one size, set input_size to it. If the teacher needs another size, set '
-                  'teacher_input_size to that.', logger='current', level=logging.WARNING)
+        print_log(f'Distillation fails on an image of {size[0]} x {size[1]}, which the student accepts: '
+                  f'{in_words(error)}. If all training images have one size, set input_size to it. If the teacher '
+                  'needs another size, set teacher_input_size to that.', logger='current', level=logging.WARNING)
 
 
 def _try_losses(distiller: ConfigurableDistiller) -> None:

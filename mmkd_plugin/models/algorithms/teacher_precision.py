@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
+from ...utils import in_words
 from ..recording import PartialForward, change_records
 
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -120,7 +121,7 @@ class TeacherPrecision:
             try:
                 form(inputs, data_samples)
             except Exception as error:  # models raise different errors for a dtype that they do not accept
-                reasons.append(f'{form.title} fails: {str(error).splitlines()[0][:120]}')
+                reasons.append(f'{form.title} fails: {in_words(error)}')
                 continue
             error = _relative_error(self._records(), expected)
             if error <= TOLERANCE:

@@ -300,7 +300,7 @@ def test_wrong_arguments_are_refused(train, draw, message):
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(model=classifier(8)), 'needs a model of type mmkd_plugin.TeacherStudentDistill, got ImageClassifier'),
+    (dict(model=classifier(8)), 'pictures need mmkd_plugin.TeacherStudentDistill, got ImageClassifier'),
     (dict(model=KD), 'ConfigurableDistiller has no layers, so there are no feature maps to draw'),
     (dict(val_dataloader=None, val_cfg=None, val_evaluator=None), 'val_dataloader is None'),
 ])

@@ -113,13 +113,16 @@ def test_what_a_config_says_of_these_hooks_holds(tmp_path):
 
 
 @pytest.mark.parametrize('fields', [
-    {}, dict(default_hooks=None), dict(default_hooks=dict(logger=dict(type='LoggerHook'))),
+    {}, dict(default_hooks=None), dict(default_hooks=dict(best_student=dict(rule='greater'))),
+    dict(default_hooks=dict(logger=dict(type='LoggerHook'))),
     dict(default_hooks=dict(checkpoint=dict(interval=2))),
     dict(default_hooks=dict(checkpoint=dict(type='mmengine.CheckpointHook')))])
 def test_configs_with_few_hooks_of_their_own_get_these_too(fields):
     cfg = Config(dict(model=dict(architecture={}), val_dataloader={}, **fields))
     add_safety_hooks(cfg)
     assert {'checkpoint', 'reseed', 'non_finite_loss', 'best_student'} <= set(cfg.default_hooks)
+    given = (fields.get('default_hooks') or {}).get('best_student', {})
+    assert cfg.default_hooks.best_student == dict(given, type='mmkd_plugin.BestStudentHook')
     assert cfg.default_hooks.checkpoint.type == 'mmkd_plugin.SafeCheckpointHook'
 
 

@@ -123,6 +123,18 @@ def test_where_half_is_too_coarse_float32_is_taken(build, log, monkeypatch):
     assert len(log) == 1 and 'runs in float32 on cpu instead of bfloat16: ' in log[0]
 
 
+def test_an_error_without_text_is_no_end(build, log, monkeypatch):
+    run = module._Form.__call__
+
+    def only_float32(form, *args):
+        if form.dtype:
+            raise NotImplementedError
+        run(form, *args)
+    monkeypatch.setattr(module._Form, '__call__', only_float32)
+    records(build(distill('bfloat16')), detection_batch())
+    assert len(log) == 1 and 'fails: NotImplementedError: in only_float32 of test_teacher_precision.py' in log[0]
+
+
 def test_what_is_not_finite_is_too_coarse():
     good, bad = torch.ones(3), torch.tensor([1., float('nan'), 1.])
     assert module._relative_error([bad], [good]) == module._relative_error([], [good]) == float('inf')
