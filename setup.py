@@ -26,7 +26,7 @@ setup(
     python_requires='>=3.10',
     classifiers=[f'Programming Language :: Python :: {version}' for version in ('3.10', '3.11', '3.12')],
     install_requires=[
-        'torch>=2.0',
+        'torch>=2.1',
         'mmrazor==1.0.0',
         # needed by mmrazor, which does not declare them
         'joblib',

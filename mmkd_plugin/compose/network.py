@@ -24,10 +24,8 @@ Size = tuple[int, int]  # height and width
 @dataclass
 class Layer:
     """The output of a module for two random images."""
-    name: str
-    maps: list[Tensor]  # (2, C, H, W) each
+    maps: list[Tensor]  # (2, C, H, W) each; tokens are converted
     depth: float = 1.0  # fraction of the backbone's modules that ran before it ended, 0 to 1
-    tokens: bool = False  # whether it outputs tokens (N, L, C), converted to maps here
 
     @property
     def sizes(self) -> list[Size]:
@@ -139,7 +137,7 @@ class Network:
                 outputs = list(output) if isinstance(output, (list, tuple)) else [output]
                 maps = [self._as_map(x, side) for x in outputs]
                 if maps and all(x is not None for x in maps):
-                    self.layers[name] = Layer(name, maps, tokens=any(x.dim() == 3 for x in outputs))
+                    self.layers[name] = Layer(maps)
             return hook
 
         hooks = [module.register_forward_hook(note(name)) for name, module in self.model.named_modules()

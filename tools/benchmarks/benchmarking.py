@@ -54,7 +54,7 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int, device: str 
     return seconds
 
 
-def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def median_interval(values: list[float]) -> tuple[float, float, float]:
     """Returns the median and an interval, between two order statistics, that covers the true median.
 
     The interval assumes no distribution. Fewer than 6 values cannot give 95%; their interval is the whole range.
@@ -64,7 +64,7 @@ def median_interval(values: list[float], confidence: float = 0.95) -> tuple[floa
     rank = 0
     for k in range(n // 2):
         outside += math.comb(n, k) / 2**n
-        if 2 * outside > 1 - confidence:
+        if 2 * outside > 0.05:
             break
         rank = k
     return statistics.median(values), values[rank], values[n - 1 - rank]

@@ -28,8 +28,6 @@ class FreezePolicyHook(Hook):
             iteration-based loop, which does not count epochs.
     """
 
-    priority = 'NORMAL'
-
     def __init__(self, search_epochs: int | None = None, search_iters: int | None = None, begin: int = 0) -> None:
         if (search_epochs is None) == (search_iters is None):
             raise ValueError('FreezePolicyHook: expected either search_epochs or search_iters, '

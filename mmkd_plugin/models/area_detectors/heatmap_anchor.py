@@ -21,6 +21,7 @@ from torch import Tensor
 from .areas import Shapes, cells_of, constants, decode, pyramid_grid
 
 Number = TypeVar('Number', float, Tensor)
+_MIN_OVERLAP = 0.3  # of a box and the box of the same size at the edge of its Gaussian
 
 
 class CenterNetTarget(NamedTuple):
@@ -70,8 +71,7 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
                       image_shape: tuple[int, int],
                       shapes: Shapes,
                       device: torch.device,
-                      max_cells: float = 8.,
-                      min_overlap: float = 0.3) -> CenterNetTarget:
+                      max_cells: float = 8.) -> CenterNetTarget:
     """Returns CenterNet's targets [0] for a pyramid, levels shallow to deep.
 
     ``gt_boxes`` has one (n_i, 4) tensor per image on ``device``, x1 y1 x2 y2 in pixels of the padded input of
@@ -83,7 +83,7 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
     its Gaussian, on its level. Except on the deepest level, ``max_cells`` limits this square. So memory is ``B K``
     instead of ``B L``.
     """
-    levels = _levels(tuple(image_shape), shapes, max_cells, min_overlap, device)
+    levels = _levels(tuple(image_shape), shapes, max_cells, device)
     boxes, image = _one_batch(gt_boxes, device)
     low, high = boxes.clamp(levels.zero, levels.image_size).split(2, 1)  # (B, 2), x and y
     extent = high - low
@@ -95,7 +95,7 @@ def centernet_targets(gt_boxes: Sequence[Tensor],
     start, width = place.unbind(1)
     cell = torch.addcmul(start + column_row[:, 0], column_row[:, 1], width).long()
 
-    radius = gaussian_radius(size[:, 0], size[:, 1], min_overlap).long()
+    radius = gaussian_radius(size[:, 0], size[:, 1], _MIN_OVERLAP).long()
     gaussian = levels.gaussians.index_select(0, torch.where(exists, radius, levels.nothing))  # (B, K)
     cells = sum(cells_of(shapes))
     # a Gaussian is zero outside the map and beyond its radius, and a zero does not change a maximum in any cell
@@ -123,14 +123,13 @@ def _image_index(images: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float, min_overlap: float,
-            device: torch.device) -> _Levels:
+def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float, device: torch.device) -> _Levels:
     height, width = image_shape
     strides = [(level_stride(width, w), level_stride(height, h)) for h, w in shapes]
     longest = [max_cells * max(stride) for stride in strides[:-1]]
     largest = [(min(limit, width) / x, min(limit, height) / y)
                for limit, (x, y) in zip([*longest, math.inf], strides, strict=True)]
-    reach = max(int(gaussian_radius(*box, min_overlap) + 1e-3) for box in largest)
+    reach = max(int(gaussian_radius(*box, _MIN_OVERLAP) + 1e-3) for box in largest)
 
     step = torch.arange(-reach, reach + 1, device=device)
     radius = torch.arange(reach + 2, device=device)[:, None, None]
@@ -153,13 +152,12 @@ def _levels(image_shape: tuple[int, int], shapes: Shapes, max_cells: float, min_
         nothing=torch.full((), reach + 1, device=device))
 
 
-def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_weight: float = 0.1,
-                   factor: float = 1.) -> Tensor:
+def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, factor: float = 1.) -> Tensor:
     """Returns CenterNet's loss [0], summed over levels, divided by the number of objects in the batch and averaged over
     networks.
 
-    The loss is the sum of the penalty-reduced focal loss of the heatmap (alpha 2, beta 4), ``size_weight`` times L1 of
-    the size in cells, and L1 of the offset, times ``factor``. ``raw`` is (S, N, 5, L), float32.
+    The loss is the sum of the penalty-reduced focal loss of the heatmap (alpha 2, beta 4), 0.1 times L1 of the size
+    in cells, and L1 of the offset, times ``factor``. ``raw`` is (S, N, 5, L), float32.
 
     With the sign of the logit z flipped at the centres, both cases of the focal loss are
     ``w sigmoid(z)^2 softplus(z)``, where w is 1 at the centres and ``(1 - heat)^4`` elsewhere.
@@ -174,14 +172,14 @@ def centernet_loss(raw: Tensor, target: CenterNetTarget, shapes: Shapes, size_we
     at = torch.add(target.cell, target.image, alpha=5 * total) + grid.branch  # (4, B), into N 5 L
     size, offset = decode(raw.flatten(1).index_select(1, at.flatten()).unflatten(1, at.shape), 1)  # (S, 2, B)
     error = (torch.cat([size, offset], 1) - torch.cat([target.size, target.offset], 1).t()).abs()
-    l1 = (error * (target.exists * _l1_weights(size_weight, raw.device))).sum()
+    l1 = (error * (target.exists * _l1_weights(raw.device))).sum()
     return (focal + l1) * (factor / len(raw)) / target.exists.sum().clamp(min=1)
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _l1_weights(size_weight: float, device: torch.device) -> Tensor:
-    return constants([size_weight, size_weight, 1, 1], device).unsqueeze(1)
+def _l1_weights(device: torch.device) -> Tensor:
+    return constants([0.1, 0.1, 1, 1], device).unsqueeze(1)
 
 
 def attention_map(row: Tensor, shapes: Shapes) -> Tensor:

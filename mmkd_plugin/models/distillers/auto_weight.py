@@ -24,7 +24,7 @@ class AutoWeight(nn.Module):
     """The weight of a base with ``loss_weight='auto'``, measured in the first iterations and then constant.
 
     ``g_task`` and ``g_base`` are the gradients of the task's losses and of the base's unweighted loss at the student's
-    recorded maps. The weight is ``ratio * exp(-mean log(|g_base| / |g_task|))``, with the mean over ``iterations``
+    recorded maps. The weight is ``ratio * exp(-mean log(|g_base| / |g_task|))``, with the mean over 20
     iterations and all processes. It is used from the second of these iterations on. If the base's connector has
     parameters, it is first trained for ``warmup`` iterations on maps detached from the student, because the gradient
     through an untrained connector is not typical of the base.
@@ -36,12 +36,12 @@ class AutoWeight(nn.Module):
         initial: weight before the measurement.
         warmup: number of iterations before the measurement.
         ratio: ratio of the base's gradient to the task's.
-        iterations: number of iterations of the measurement.
     """
+    iterations = 20  # of the measurement
 
-    def __init__(self, name: str, initial: float, warmup: int, ratio: float = 1.0, iterations: int = 20) -> None:
+    def __init__(self, name: str, initial: float, warmup: int, ratio: float = 1.0) -> None:
         super().__init__()
-        self.name, self.warmup, self.ratio, self.iterations = name, warmup, ratio, iterations
+        self.name, self.warmup, self.ratio = name, warmup, ratio
         self.register_buffer('weight', torch.tensor(float(initial)))
         self.register_buffer('log_ratio', torch.tensor(0.))  # sum over the measured iterations
         self.register_buffer('seen', torch.tensor(0))

@@ -235,7 +235,7 @@ class FeatureDistiller(ConfigurableDistiller):
         if share == 'map':
             name = f'{name}_{map_name(layer, level, len(s_maps))}'
             return dict(connector=self._add_connector(name, config, s_maps[level].shape[1], t_maps[level].shape[1]))
-        name = f'{name}_{layer.replace(".", "_")}'
+        name = f'{name}_{map_name(layer)}'
         if level == 0:
             self._whole.add(self._add_connector(name, config, one_width(layer, 'student', s_maps),
                                                 one_width(layer, 'teacher', t_maps)))
@@ -513,8 +513,8 @@ def _pairs(layers: Sequence[str | Sequence[str]]) -> dict[str, tuple[str, str]]:
     return pairs
 
 
-def map_name(layer: str, level: int, levels: int) -> str:
-    """Returns the end of a loss's name: the layer, and the level if there are several."""
+def map_name(layer: str, level: int = 0, levels: int = 1) -> str:
+    """Returns the end of the name of a loss or connector: the layer, and the level if there are several."""
     return layer.replace('.', '_') + (f'_{level}' if levels > 1 else '')
 
 

@@ -15,7 +15,7 @@ from ..connectors import ConvAdapter
 from ..recording import keep_statistics
 from ..refiners import DAFA
 from ..refiners.agreement import agreement_score
-from .feature_distiller import DATA_SAMPLES, FeatureDistiller, exact_zero, one_width
+from .feature_distiller import DATA_SAMPLES, FeatureDistiller, exact_zero, map_name, one_width
 
 
 class _Search(NamedTuple):
@@ -101,7 +101,7 @@ class SoKDDistiller(FeatureDistiller):
         super().wire(maps)
         self._aligned = next((name for name, base in self.bases if base['aligned'] and base['connector']), None)
         for layer, (s_maps, t_maps) in maps.items():
-            name = layer.replace('.', '_')
+            name = map_name(layer)
             channels = one_width(layer, 'teacher', t_maps)
             if self.dam is not None:
                 self.dams[name] = self._build_dam(layer, s_maps, channels)
@@ -186,7 +186,7 @@ class SoKDDistiller(FeatureDistiller):
             losses = self.losses_of(names)
             adapted = self._adapted() if self.dams else {}
             for layer in adapted:
-                name = layer.replace('.', '_')
+                name = map_name(layer)
                 parts = self.dams[name].compare(adapted[layer], self.features(layer, False))
                 losses.update({part + self._suffix(name): loss for part, loss in parts.items()})
         return losses
@@ -200,7 +200,7 @@ class SoKDDistiller(FeatureDistiller):
     def _dam_losses(self, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         losses, (boxes, shape) = {}, self._image or (None, None)
         for layer in self.layers:
-            name = layer.replace('.', '_')
+            name = map_name(layer)
             if name in self.dams:
                 parts = self.dams[name](adapted[layer], self.features(layer, False), t_maps[layer], boxes, shape)
                 losses.update({part + self._suffix(name): loss for part, loss in parts.items()})
@@ -270,7 +270,7 @@ class SoKDDistiller(FeatureDistiller):
             self._given = given
             losses = self.losses_of([name for name in self.weights if any(
                 entry['recorder'] == layer for entry in self.loss_forward_mappings[name].values())])
-            name = layer.replace('.', '_')
+            name = map_name(layer)
             if name in self.dams:
                 losses.update(self.dams[name].compare(self._adapted()[layer], self.features(layer, False)))
             return sum(losses.values())
@@ -278,12 +278,12 @@ class SoKDDistiller(FeatureDistiller):
     def _adapted(self) -> dict[str, list[Tensor]]:
         """Returns ``Phi(F_S)`` by layer, or an empty dict if it is no longer needed."""
         if self.dams and self.dam.get('adapter') != 'base':
-            return {layer: self.dams[layer.replace('.', '_')].adapt(self.features(layer, True))
+            return {layer: self.dams[map_name(layer)].adapt(self.features(layer, True))
                     for layer in self.layers}
-        if self.dafa is None and not self.dams or self.dafa is not None and self.dafa.frozen and not self.dams:
+        if not self.dams and (self.dafa is None or self.dafa.frozen):
             return {}
         if self.aligners:
-            return {layer: self.aligners[layer.replace('.', '_')]([x.detach() for x in self.maps(layer, True)])
+            return {layer: self.aligners[map_name(layer)]([x.detach() for x in self.maps(layer, True)])
                     for layer in self.layers}
         first = next(base['inputs'] for name, base in self.bases if name == self._aligned)
         argument = next(key for key, role in first.items() if role == 'student')
@@ -297,7 +297,7 @@ class SoKDDistiller(FeatureDistiller):
                        for entry in self.loss_forward_mappings[name].values())]
 
     def _align(self, name: str, adapted: dict[str, list[Tensor]], t_maps: dict[str, list[Tensor]]) -> Tensor:
-        layer = next(layer for layer in self.layers if layer.replace('.', '_') == name)
+        layer = next(layer for layer in self.layers if map_name(layer) == name)
         if layer not in adapted:
             return exact_zero(self.aligners[name])
         return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(adapted[layer], t_maps[layer])) / len(t_maps[layer])
@@ -309,4 +309,4 @@ class SoKDDistiller(FeatureDistiller):
             return None
         with self.step():
             adapted = self._adapted()[layer]
-        return self.dams[layer.replace('.', '_')].detect(adapted, self.maps(layer, False))
+        return self.dams[map_name(layer)].detect(adapted, self.maps(layer, False))
