@@ -67,6 +67,20 @@ def classifier(base_channels=8, num_classes=4, depth=18, **options):
                   loss=dict(type='mmpretrain.CrossEntropyLoss', loss_weight=1.0)), **options)
 
 
+VIT = dict(type='mmpretrain.VisionTransformer', img_size=64, patch_size=16, out_type='cls_token', arch=dict(
+    embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=32))
+CONVNEXT = dict(type='mmpretrain.ConvNeXt', arch=dict(depths=[1] * 4, channels=[8, 16, 32, 64]))
+
+
+def derived():
+    """By name: student, teacher, layers, size of the images, and how a loss derives its map from the layer's output."""
+    return {
+        'tokens': (dict(classifier(), backbone=VIT, neck=None), dict(classifier(), backbone=VIT, neck=None),
+                   ['backbone.layers.0'], 64, lambda x: x[:, 1:].transpose(1, 2).unflatten(2, (4, 4))),
+        'cropped': (classifier(), dict(classifier(), backbone=CONVNEXT, neck=None),
+                    [('backbone.layer1', 'backbone.stages.0')], 50, lambda x: x[:, :, :12, :12])}
+
+
 def detection_batch(size=64, samples=2, num_classes=3, random=False):
     """Images and samples with one to two objects, as a data loader gives them.
 

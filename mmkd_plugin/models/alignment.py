@@ -17,13 +17,16 @@ from mmrazor.models.task_modules import ParameterRecorder
 from mmrazor.models.task_modules.recorder.base_recorder import BaseRecorder
 from torch import Tensor
 
+from .origin import derive
+
 Ratio = tuple[float, float]  # teacher's stride over student's, vertically and horizontally
 
 
 def crop_to_common(s_map: Tensor, t_map: Tensor) -> tuple[Tensor, Tensor]:
     """Crops maps of equal stride, (N, C, H, W) and (N, D, H', W'), at the bottom and the right to the smaller size."""
     size = tuple(min(lengths) for lengths in zip(s_map.shape[2:], t_map.shape[2:]))
-    return tuple(x if x.shape[2:] == size else x[:, :, :size[0], :size[1]].contiguous() for x in (s_map, t_map))
+    return tuple(x if x.shape[2:] == size else derive(x, lambda x: x[:, :, :size[0], :size[1]].contiguous())
+                 for x in (s_map, t_map))
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,11 +1,13 @@
 """Conversion of tokens of transformers and mixers to feature maps."""
 import math
+from functools import partial
 from typing import Any
 
 from mmrazor.models.task_modules import ModuleOutputsRecorder
 from torch import Tensor, nn
 
 from ..registry import TASK_UTILS
+from .origin import derive
 
 EXTRA_TOKENS = (0, 1, 2, 5)  # none; class; class and distillation; class and four registers
 
@@ -107,6 +109,6 @@ class MapOutputsRecorder(ModuleOutputsRecorder):
         try:
             if index not in self._extra:
                 self._extra[index] = find_grid(x.shape[1], self._image_size)[0]
-            return to_map(x, self._image_size, self._extra[index])
+            return derive(x, partial(to_map, image_size=self._image_size, num_extra_tokens=self._extra[index]))
         except ValueError as error:
             raise ValueError(f'layers: {self.source!r}: {error}') from error

@@ -116,7 +116,7 @@ class FrozenTeacher:
                 built.prepare_from_teacher(network)
         except UnknownLayerError as error:
             raise ValueError(error.of_pair(student, network)) from error
-        except AssertionError as error:  # MMRazor's check of a distiller
+        except (AssertionError, TypeError) as error:  # MMRazor's check of a distiller, and unknown arguments
             raise ValueError(f'distiller: {error}') from error
         if not built.deliveries.deliveries:  # deliveries might be overwritten
             write_in_place(in_place, network, built.teacher_recorders)

@@ -75,6 +75,10 @@ def build_schedules(config: dict[str, dict | list[dict]], losses: list[str]) -> 
             raise ValueError(f'loss_schedules: no distillation loss is named {pattern!r}; {closest(pattern, losses)}')
         for loss in matching:
             for entry in entries:
-                schedule = LossSchedule(**check_dict(f'loss_schedules[{pattern!r}]', entry))
+                field = f'loss_schedules[{pattern!r}]'
+                try:
+                    schedule = LossSchedule(**check_dict(field, entry))
+                except TypeError as error:  # an unknown argument
+                    raise ValueError(f'{field}: {error}') from error
                 schedules.setdefault(loss, []).append(schedule)
     return schedules

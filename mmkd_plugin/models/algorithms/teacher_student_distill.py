@@ -188,7 +188,16 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     @property
     def optimised_parts(self) -> tuple[nn.Module, nn.Module]:
-        """The student, with the parameter groups of its plain training, and the distiller's trained parts."""
+        """The student, with the parameter groups of its plain training, and the distiller's trained parts.
+
+        Raises:
+            ValueError: the parts contain a policy. :class:`.PolicyOptimWrapperConstructor` hides it from the student's
+                optimizer.
+        """
+        if any(parameter.requires_grad for teacher in self.teachers.values() if teacher.policy is not None
+               for parameter in teacher.policy.parameters()):
+            raise ValueError('optim_wrapper.constructor: the policy of dafa would be trained by the optimizer of the '
+                             "student. Set it to 'mmkd_plugin.PolicyOptimWrapperConstructor'")
         return self.student, self.distiller
 
     @property
@@ -208,7 +217,8 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
 
     def __deepcopy__(self, memo: dict) -> 'TeacherStudentDistill':
         """Shares the frozen teachers, so that an EMA copy costs only the student."""
-        memo.update({id(part): part for teacher in self.teachers.values() for part in (self.teacher, *teacher.shared)})
+        memo.update({id(part): part for teacher in self.teachers.values()
+                     for part in (self.teacher, *teacher.shared, *teacher.network.modules())})
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -326,6 +336,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
         if searching and all(teacher.policy is None for teacher in self.teachers.values()):
             raise ValueError('The train loop gives a second batch for the search of a policy, but the distiller, '
                              f'{type(self.distiller).__name__}, has no policy. Use a plain train loop')
+        if searching and any(getattr(teacher.policy, 'objective', None) == 'agreement'
+                             for teacher in self.teachers.values()):
+            raise ValueError("dafa.objective: 'agreement' searches on the batch of the step, but the train loop "
+                             "gives a second batch for the search. Use a plain train loop, or 'similarity'")
         losses = {}
         for name, teacher in self.teachers.items():
             teacher.align()

@@ -50,7 +50,6 @@ class ReviewKDConnector(BaseConnector):
         mid_channels: Channels of the fusion. [0] has 512 on ImageNet, and on CIFAR at most the student's deepest
             channels.
         norm_cfg: Normalisation after the convolutions, as in any MMCV module; [0] has batch norm.
-        init_cfg: As in any MMEngine module.
 
     Raises:
         ValueError: the numbers of channels are not positive whole numbers, or the lists differ in length.
@@ -60,9 +59,8 @@ class ReviewKDConnector(BaseConnector):
                  in_channels: Sequence[int],
                  out_channels: Sequence[int],
                  mid_channels: int = 512,
-                 norm_cfg: dict | None = None,
-                 init_cfg: dict | None = None):
-        super().__init__(init_cfg)
+                 norm_cfg: dict | None = None):
+        super().__init__()
         for field, values in (('in_channels', in_channels), ('out_channels', out_channels)):
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f'ReviewKDConnector.{field} must be a list with one number per level, '

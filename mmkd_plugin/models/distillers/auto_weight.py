@@ -20,14 +20,21 @@ def gradient_norms(losses: Sequence[Tensor], features: Sequence[Tensor]) -> Tens
     return torch.stack(norms)
 
 
+def reaches(loss: Tensor, features: Sequence[Tensor]) -> bool:
+    """Whether ``loss`` depends on one of the features. The graph is kept."""
+    return any(gradient is not None for gradient in torch.autograd.grad(
+        loss, features, retain_graph=True, allow_unused=True))
+
+
 class AutoWeight(nn.Module):
     """The weight of a base with ``loss_weight='auto'``, measured in the first iterations and then constant.
 
-    ``g_task`` and ``g_base`` are the gradients of the task's losses and of the base's unweighted loss at the student's
-    recorded maps. The weight is ``ratio * exp(-mean log(|g_base| / |g_task|))``, with the mean over 20
+    ``g_task`` and ``g_base`` are the gradients of the task's losses and of the base's unweighted loss at the outputs of
+    the student's layers. The weight is ``ratio * exp(-mean log(|g_base| / |g_task|))``, with the mean over 20
     iterations and all processes. It is used from the second of these iterations on. If the base's connector has
     parameters, it is first trained for ``warmup`` iterations on maps detached from the student, because the gradient
-    through an untrained connector is not typical of the base.
+    through an untrained connector is not typical of the base. An iteration in which a gradient is zero or not finite
+    does not change the weight.
 
     The weight and the progress are buffers, so checkpoints have them and a resumed run continues the measurement.
 
@@ -72,9 +79,9 @@ class AutoWeight(nn.Module):
     def update(self, task: Tensor, base: Tensor) -> None:
         """Counts an iteration and updates the weight from the gradient norms of the task and of the weighted base."""
         if not self.warming_up:
-            ratio = (base / self.weight).clamp(min=1e-12).log() - task.clamp(min=1e-12).log()
+            ratio = (base / self.weight).log() - task.log()  # not finite if a gradient is zero or not finite
             all_reduce(ratio, 'mean')
-            self.log_ratio += ratio
+            self.log_ratio += torch.where(ratio.isfinite(), ratio, (self.ratio / self.weight).log())
             self.weight.copy_(self.ratio * torch.exp(-self.log_ratio / (self.step - self.warmup + 1)))
         self.seen += 1
         self._seen += 1

@@ -42,7 +42,7 @@ class CrossKD(nn.Module):
 
     Args:
         after: i. None for all convolutions of the teacher's branch except the last, as the paper's 3 of 4.
-        beta: Exponent of the quality focal loss.
+        beta: Exponent of the quality focal loss, 0 or at least 1.
         cls_loss_weight: Weight of ``loss_crosskd_cls``.
         reg_loss_weight: Weight of ``loss_crosskd_reg``. None for 4 with GFL and 1 with the others.
 
@@ -58,6 +58,9 @@ class CrossKD(nn.Module):
         super().__init__()
         self.after = None if after is None else check_number('CrossKD.after', after, least=1, whole=True)
         self.beta = check_number('CrossKD.beta', beta, least=0)
+        if 0 < beta < 1:
+            raise ValueError(f'CrossKD.beta must be 0 or at least 1, got {beta}. Between 0 and 1, the gradient is '
+                             'infinite where student and teacher agree')
         self.cls_loss_weight = check_number('CrossKD.cls_loss_weight', cls_loss_weight, least=0)
         if reg_loss_weight is not None:
             check_number('CrossKD.reg_loss_weight', reg_loss_weight, least=0)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ...registry import MODELS
 from ...utils import check_number
+from ..origin import origin
 from ..recording import check_sources, record_dummy_input
-from .auto_weight import AutoWeight, gradient_norms
+from .auto_weight import AutoWeight, gradient_norms, reaches
 from .crosskd import CrossKD
 from .presets import fill_channels, resolve
 
@@ -224,6 +225,9 @@ class FeatureDistiller(ConfigurableDistiller):
                 self.add_loss(loss, base['loss'], base['weight'],
                               **{argument: entries[role] for argument, role in base['inputs'].items()})
                 if base['at_once']:
+                    if not hasattr(self.distill_losses[loss], 'per_map'):
+                        raise ValueError(f'base.at_once: needs a loss with the method per_map(), got '
+                                         f'{_types(base["loss"])}. Leave out at_once')
                     self._at_once.setdefault(name, []).append(loss)
                 index += 1
 
@@ -409,11 +413,11 @@ class FeatureDistiller(ConfigurableDistiller):
                   if not (name in self.autos and self.autos[name].warming_up)}
         groups['DAM'] = [loss for name, loss in losses.items() if name.startswith('loss_dam_')]
         sums = {name: sum(parts) for name, parts in groups.items() if parts}
-        maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
-        if not (maps and sums and all(loss.requires_grad for loss in sums.values())):
+        outputs = self._outputs_with_gradient()
+        if not (outputs and sums and all(loss.requires_grad for loss in sums.values())):
             return None
         try:
-            task_norm, *norms = gradient_norms([task, *sums.values()], maps).tolist()
+            task_norm, *norms = gradient_norms([task, *sums.values()], outputs).tolist()
         except RuntimeError:  # activation checkpointing does not support these gradients
             return None
         if not task_norm > 0:
@@ -433,15 +437,22 @@ class FeatureDistiller(ConfigurableDistiller):
             losses: the result of :meth:`compute_distill_losses` in this step.
 
         Raises:
-            ValueError: the student has activation checkpointing after a layer.
+            ValueError: the layers are frozen, the task's loss does not depend on them, or the student has activation
+                checkpointing after a layer.
         """
         autos = {name: auto for name, auto in self.autos.items() if auto.measuring}
-        maps = [x for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
+        outputs = self._outputs_with_gradient()
         sums = [sum(losses[loss] for loss in self.losses_by_base[name]) for name in autos]
         task_norm, *norms = [task.new_zeros(())] * (1 + len(sums))
         if not all(auto.warming_up and auto.step for auto in autos.values()):  # the first iteration shows errors
+            if not outputs:
+                raise ValueError("loss_weight: 'auto' needs gradients at the layers, but "
+                                 f'{", ".join(self.layers)} of the student are frozen. Give a number')
             try:
-                task_norm, *norms = gradient_norms([task, *sums], maps)
+                if not all(auto.step for auto in autos.values()) and not reaches(task, outputs):
+                    raise ValueError("loss_weight: 'auto' compares gradients at the layers, but the task's loss does "
+                                     f'not depend on {", ".join(self.layers)} of the student. Give a number')
+                task_norm, *norms = gradient_norms([task, *sums], outputs)
             except RuntimeError as error:
                 if 'Checkpointing' not in str(error):
                     raise
@@ -450,6 +461,10 @@ class FeatureDistiller(ConfigurableDistiller):
                                  'give a number') from error
         for auto, norm in zip(autos.values(), norms):
             auto.update(task_norm, norm)
+
+    def _outputs_with_gradient(self) -> list[Tensor]:
+        """Returns the student's outputs that the recorded maps are derived from, without frozen ones."""
+        return [origin(x)[0] for layer in self.layers for x in self.maps(layer, True) if x.requires_grad]
 
     def weight_of(self, name: str) -> float:
         """Returns the weight of a loss; 0 means that the loss is always zero."""
@@ -478,7 +493,9 @@ def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | 
         if each == 'crosskd' or isinstance(each, dict) and each.get('preset') == 'crosskd':
             arguments = {key: value for key, value in (each if isinstance(each, dict) else {}).items()
                          if key not in ('preset', 'weight')}
-            own = each.get('weight', 1.0) if isinstance(each, dict) else 1.0
+            own = check_number('base.weight', each.get('weight', 1.0) if isinstance(each, dict) else 1.0, least=0)
+            if crosskd is not None:
+                raise ValueError("base: 'crosskd' is given twice")
             if weight == 'auto':
                 raise ValueError("loss_weight: 'auto' measures gradients at layers, but crosskd has no layers. Give a "
                                  'number')
@@ -486,6 +503,8 @@ def _bases(base: str | dict | Sequence[str | dict] | None, loss_weight: float | 
             continue
         name, whole = resolve(each, f'base[{i}]' if several else 'base')
         weight = whole['weight'] if weight is None else weight
+        if weight == 'auto' and not whole['weight']:
+            raise ValueError(f"base.weight: 'auto' starts from the weight of {name!r}, got 0. Give a positive number")
         found.append((name, dict(whole, auto=weight == 'auto', weight=whole['weight'] if weight == 'auto' else weight)))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):

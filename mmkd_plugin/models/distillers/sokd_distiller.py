@@ -12,6 +12,7 @@ from ...registry import MODELS
 from ...utils import check_dict
 from ..area_detectors import DAM
 from ..connectors import ConvAdapter
+from ..origin import Derive, origin
 from ..recording import keep_statistics
 from ..refiners import DAFA
 from ..refiners.agreement import agreement_score
@@ -21,8 +22,9 @@ from .feature_distiller import DATA_SAMPLES, FeatureDistiller, exact_zero, map_n
 class _Search(NamedTuple):
     """Inputs of a search step, after the backward."""
     maps: dict[tuple[str, bool], list[Tensor]]  # by layer and whether it is of the student, detached
-    whole: list[Tensor | None]  # gradients at the student's maps of the last layer
-    distilled: list[Tensor | None]  # the part from the distillation
+    whole: list[Tensor | None]  # gradients at the student's outputs of the last layer
+    distilled: list[Tensor | None]  # the part from the distillation, at the maps
+    derived: list[Derive]  # functions from gradients at the outputs to gradients at the maps
 
 
 @MODELS.register_module()
@@ -80,6 +82,11 @@ class SoKDDistiller(FeatureDistiller):
             check_dict(field, {} if value is None else value)
         self.dam = None if dam is None else dict(dam)
         self.dafa = None if dafa is None else DAFA(**dafa)
+        if getattr(self.dafa, 'objective', None) == 'agreement' and (self.crosskd is not None or kwargs.get(
+                'distill_losses')):
+            other = "base 'crosskd'" if self.crosskd is not None else 'distill_losses'
+            raise ValueError(f"dafa.objective: 'agreement' counts the gradient of all other losses as the task's, got "
+                             f"{other} beside the layers. Use 'similarity', or remove {other}")
         reads_samples = [name for name, base in self.bases if DATA_SAMPLES in base['inputs'].values()]
         if reads_samples and getattr(self.dafa, 'objective', None) == 'agreement':
             raise ValueError(f"dafa.objective: 'agreement' computes the losses again after the step, but base "
@@ -230,9 +237,10 @@ class SoKDDistiller(FeatureDistiller):
         self._given[layer, True] = views
         every = {(each, True): [x.detach() for x in self.features(each, True)] for each in self.layers}
         every.update({(each, False): values for each, values in t_maps.items()})
-        self._search = _Search(every, [None] * len(maps), [None] * len(maps))
-        for i, (x, view) in enumerate(zip(maps, views)):
-            x.register_hook(partial(self._search.whole.__setitem__, i))
+        outputs, derived = zip(*map(origin, maps))
+        self._search = _Search(every, [None] * len(maps), [None] * len(maps), list(derived))
+        for i, (output, view) in enumerate(zip(outputs, views)):
+            output.register_hook(partial(self._search.whole.__setitem__, i))
             view.register_hook(partial(self._search.distilled.__setitem__, i))
 
     def search_policy(self) -> None:
@@ -248,8 +256,9 @@ class SoKDDistiller(FeatureDistiller):
         layer, draws = self.layers[-1], self.dafa.sample()
         part = self.dafa.next_samples(len(search.whole[0]))
         maps = {key: [x[part].float() for x in values] for key, values in search.maps.items()}
-        task = [(whole if distilled is None else whole - distilled)[part].float()
-                for whole, distilled in zip(search.whole, search.distilled)]
+        whole = [derive(gradient) for derive, gradient in zip(search.derived, search.whole)]
+        task = [(every if distilled is None else every - distilled)[part].float()
+                for every, distilled in zip(whole, search.distilled)]
         scores = []
         with keep_statistics(self):
             for draw in draws:

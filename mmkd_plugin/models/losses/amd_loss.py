@@ -213,7 +213,7 @@ class _AngularDistance(torch.autograd.Function):
         if scale_free:  # dQ = 3 (u^2 + 3)^(-3/2) du
             grad.mul_(ratio[:, 0].pow(3)).mul_(REFERENCE_POSITIONS - 1)
 
-        # Projection: du_i = (dA_i - u_i <u, dA> radius / |A| / root^2) / radius.
+        # Projection: du_i = (dA_i - u_i <u, dA> radius / (|A| root)) / radius.
         norm, radius = norm[:, 0] * root, radius[:, 0]
         along = spheres.sum(grad * u) * radius / norm.clamp(min=1e-300)
         grad = torch.addcmul(grad, u, spheres.spread(along.to(grad.dtype)), value=-1)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import classification_batch, classifier, detection_batch, retinanet
+from conftest import classification_batch, classifier, derived, detection_batch, retinanet
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
@@ -10,6 +10,7 @@ from mmrazor.models.distillers import ConfigurableDistiller
 
 from mmkd_plugin.models.connectors import FitNetConnector
 from mmkd_plugin.models.distillers import feature_distiller
+from mmkd_plugin.models.distillers.auto_weight import AutoWeight
 from mmkd_plugin.models.distillers.presets import PRESETS, resolve
 
 SGD = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
@@ -132,6 +133,54 @@ def test_auto_makes_the_gradients_ratio_what_is_stated(build):
     plain = measured(build, ['pkd', 'at'], [1.0, 5.0], steps=0)
     torch.testing.assert_close(losses['distill.loss_pkd_neck_0'], weight * losses_of(
         plain, batch_for(plain))['loss_pkd_neck_0'], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('case', derived())
+def test_auto_measures_where_the_network_goes_on(build, case):
+    student, teacher, layers, size, _ = derived()[case]
+    model = build(dict(type='mmkd_plugin.TeacherStudentDistill', architecture=student, teacher=teacher,
+                       allow_random_teacher=True, distiller=dict(
+                           type='mmkd_plugin.FeatureDistiller', layers=layers, base='at', loss_weight='auto')),
+                  'mmpretrain').train()
+    model.distiller.autos['at'].iterations = 1
+    batch = classification_batch(size)
+    model.train_step(copy.deepcopy(batch), build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.0))))
+    seen = []
+    name = model.distiller._written['student_recorders'][model.distiller.layers[0]]['source']
+    model.student.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
+    losses = model(**model.data_preprocessor(batch, True), mode='loss')
+    task, base = (sum(value for key, value in losses.items() if key.startswith(prefix)) for prefix in (
+        'student.', 'distill.'))
+    norms = [torch.autograd.grad(loss, seen, retain_graph=True)[0].norm() for loss in (task, base)]
+    assert norms[0] > 0
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize('options, layers, message', [
+    (dict(frozen_stages=1), ['backbone.layer1'], 'backbone.layer1 of the student are frozen'),
+    (dict(out_indices=(2, )), ['backbone.layer4'], "the task's loss does not depend on backbone.layer4"),
+])
+def test_auto_needs_a_gradient_of_the_task(build, options, layers, message):
+    config = stages('at', layers, loss_weight='auto')
+    config['architecture']['backbone'].update(options)
+    config['architecture']['head']['in_channels'] = 32 if 'out_indices' in options else 64
+    model = build(config, 'mmpretrain').train()
+    with pytest.raises(ValueError, match=message):
+        model.train_step(classification_batch(), build_optim_wrapper(model, SGD))
+
+
+def test_a_gradient_that_is_zero_or_not_finite_does_not_change_the_weight():
+    auto, one = AutoWeight('x', 3.0, 0, ratio=0.5), torch.ones(())
+    weights = []
+    for task, base in ((one, 0 * one), (one, one * float('inf')), (0 * one, one), (one, one * float('nan'))):
+        auto.update(task, base)
+        weights.append(float(auto.weight))
+    assert weights == pytest.approx([3.0] * 4)
+    auto = AutoWeight('x', 1.0, 0)
+    for base in (1., 0., 4.):
+        auto.update(one, base * auto.weight)
+        weights.append(float(auto.weight))
+    assert weights[4:] == pytest.approx([1.0, 1.0, 4**(-1 / 3)])
 
 
 def test_the_first_iteration_reports_the_gradients(build, monkeypatch):
@@ -315,6 +364,12 @@ def test_fitnets_connector_by_hand():
     (neck('pkd', 16, loss_weight=-1), 'loss_weight.*-1'),
     (neck('crosskd', 16, loss_weight='auto'), "loss_weight: 'auto' measures gradients at layers"),
     (neck('pkd', 16, loss_weight='auto', auto_ratio=0), 'auto_ratio.*0'),
+    (neck(dict(preset='pkd', weight=0.), 16, loss_weight='auto'), "base.weight: 'auto' starts .* of 'pkd', got 0"),
+    (neck(dict(preset='crosskd', weight=-1.), 16), 'base.weight.*-1'),
+    (neck(dict(preset='crosskd', weight='auto'), 16), "base.weight.*'auto'"),
+    (neck(['crosskd', dict(preset='crosskd', after=2)], 16), "base: 'crosskd' is given twice"),
+    (neck(dict(preset='crosskd', beta=0.5), 16), 'CrossKD.beta must be 0 or at least 1, got 0.5'),
+    (neck(dict(loss=dict(type='L1Loss'), at_once=True), 16), 'base.at_once: needs a loss with .* got L1Loss'),
     (neck(dict(preset='pkd', conector=None), 16), "base: no field 'conector'; the closest are: connector"),
     (neck(dict(connector=FITNET_CONNECTOR)), 'base.loss: expected the config of a loss, got None'),
     (neck(dict(preset='fitnet', loss=dict(normalize=True))), "distill_losses.loss_fitnet_neck_0: .*'normalize'"),

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import classification_batch, classifier, detection_batch, retinanet
+from conftest import classification_batch, classifier, derived, detection_batch, retinanet
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import get_state_dict
 
@@ -163,6 +163,28 @@ def test_the_recorded_gradient_of_the_task_is_that_of_the_task_alone(build):
     for whole, distilled, gradient in zip(search.whole, search.distilled, expected):
         assert distilled.any()
         torch.testing.assert_close(whole - distilled, gradient, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize('case', derived())
+def test_it_is_measured_where_the_network_goes_on(build, case):
+    """Maps of tokens and cropped maps are beside the path of the task."""
+    student, teacher, layers, size, derive = derived()[case]
+    model = build(dict(classify(dict(STAGE, layers=layers, dam=None, dafa=dict(objective='agreement', policy_draws=2))),
+                       architecture=student, teacher=teacher), 'mmpretrain').train()
+    seen = []
+    name = model.distiller._written['student_recorders'][model.distiller.layers[0]]['source']
+    model.student.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
+    losses = model(**model.data_preprocessor(classification_batch(size), True), mode='loss')
+    expected, = torch.autograd.grad(losses['student.loss'], seen, retain_graph=True)
+    assert derive(expected).any()
+    search = model.distiller._search
+    search.whole[:], search.distilled[:] = [None], [None]
+    model.parse_losses(losses)[0].backward()
+    assert search.distilled[0].any()
+    torch.testing.assert_close(search.derived[0](search.whole[0]) - search.distilled[0], derive(expected), rtol=1e-3,
+                               atol=1e-7)
+    model.distiller.search_policy()
+    assert model.distiller.dafa.alpha.grad.any() and model.distiller.dafa.magnitude.grad.any()
 
 
 def test_without_its_parts_it_is_the_base(build):
@@ -328,6 +350,18 @@ def test_a_second_batch_without_a_policy_is_refused(build):
             optimizer=OPTIM['optimizer'])))
 
 
+def test_an_objective_that_does_not_use_a_second_batch_is_refused(build):
+    model = build(detect(dict(NECK, dafa=dict(objective='agreement')))).train()
+    with pytest.raises(ValueError, match="'agreement' searches on the batch of the step, but the train loop gives"):
+        model.train_step([detection_batch(), detection_batch()], build_optim_wrapper(model, OPTIM))
+
+
+def test_the_students_optimizer_may_not_train_the_policy(build):
+    model = build(detect(NECK))
+    with pytest.raises(ValueError, match='optim_wrapper.constructor: the policy of dafa would be trained by the'):
+        build_optim_wrapper(model, dict(optimizer=OPTIM['optimizer']))
+
+
 def test_deliveries_do_not_go_with_a_second_batch(build):
     delivery = dict(type='MethodOutputs', max_keep_data=10, method_path='mmdet.models.RetinaHead.get_targets')
     model = build(detect(dict(NECK, distill_deliveries=dict(targets=delivery))))
@@ -344,6 +378,13 @@ def test_deliveries_do_not_go_with_a_second_batch(build):
     (detect(dict(NECK, dafa=3)), 'dafa must be a dict, got 3'),
     (classify(dict(STAGE, base=dict(preset='crd', loss=dict(sample_n=8)), dafa=dict(objective='agreement'), dam=None)),
      "dafa.objective: 'agreement' computes the losses again .*base 'crd'"),
+    (detect(dict(NECK, base=['pkd', 'crosskd'], dafa=dict(objective='agreement')), 16),
+     "dafa.objective: 'agreement' counts .* base 'crosskd' beside the layers"),
+    (classify(logits(dict(type='KLDivergence'), dict(STAGE, dafa=dict(objective='agreement')))),
+     "dafa.objective: 'agreement' counts .* got distill_losses beside the layers"),
+    (detect(dict(NECK, dafa=dict(opertions=['Rotate']))), "distiller: .*'opertions'"),
+    (detect(dict(NECK, dam=dict(num_area=4))), "distiller: .*'num_area'"),
+    (detect(dict(NECK, loss_wieght=2)), "distiller: .*'loss_wieght'"),
     (detect(dict(NECK, dam=dict(anchor='bboxes'))), 'anchor.*boxes'),
     (detect(dict(NECK, connect=False)), 'connect, refine and adapter were arguments before version 0.2'),
 ])
