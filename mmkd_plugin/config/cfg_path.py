@@ -79,8 +79,8 @@ def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> 
             return RAZOR_MODELS.build(model)
     dropped = sorted(set(model) - {'cfg_path', 'pretrained'})
     if dropped:
-        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped silently. Inherit the config '
-                         f'instead: _base_ = [{model["cfg_path"]!r}], then {field}=_base_.model')
+        raise ValueError(f'{field}: {", ".join(dropped)} beside cfg_path would be dropped silently. Write a config '
+                         f'file that inherits {model["cfg_path"]!r} and changes these fields, and set cfg_path to it')
     return build_cfg_path(model['cfg_path'], field, model.get('pretrained', False), trust_checkpoint)
 
 
