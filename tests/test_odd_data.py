@@ -16,6 +16,11 @@ def distil(distiller, student, teacher):
                 allow_random_teacher=True, distiller=distiller)
 
 
+def optimizer(distiller):
+    policy = dict(constructor='mmkd_plugin.PolicyOptimWrapperConstructor') if distiller is SOKD else {}
+    return dict(optimizer=dict(type='SGD', lr=1e-4), **policy)
+
+
 def samples(boxes, sizes=((64, 64), (64, 64)), channels=3):
     """A batch of images of these sizes (h, w), each with these boxes."""
     from mmdet.structures import DetDataSample
@@ -50,7 +55,7 @@ ODD_DATA = {
 @pytest.mark.parametrize('distiller', [AMD, SOKD], ids=['amd', 'sokd'])
 def test_odd_data_trains(build, distiller):
     model = build(distil(distiller, retinanet(8), retinanet(16))).train()
-    optim = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=1e-4)))
+    optim = build_optim_wrapper(model, optimizer(distiller))
     for name, batch in ODD_DATA.items():
         log = model.train_step(copy.deepcopy(batch), optim)
         assert all(torch.isfinite(torch.as_tensor(value)).all() for value in log.values()), (name, log)
@@ -64,7 +69,7 @@ def test_grey_images_train(build, distiller):
         model['backbone']['in_channels'] = 1
         return model
     model = build(distil(distiller, grey(8), grey(16))).train()
-    optim = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=1e-4)))
+    optim = build_optim_wrapper(model, optimizer(distiller))
     log = model.train_step(samples([[5, 5, 40, 40]], channels=1), optim)
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in log.values())
 

@@ -12,7 +12,8 @@ import step
 STEP = """The lower bound is the student's own training step and the teacher as far as its neck. Ratios are medians over
 interleaved rounds with their 95% interval; peak memory is that of all tensors, weights and optimiser included."""
 LOSS = """The lower bound is the time to read both maps once, then read one of them and write its gradient once. "Plain"
-is a direct implementation of the paper's equations with autograd. Ratios are medians over interleaved rounds with their 95% interval."""
+is a direct implementation of the paper's equations with autograd. Ratios are medians over interleaved rounds with their
+95% interval."""
 
 
 def sections(results: Path, images: Path) -> list[str]:

@@ -233,10 +233,11 @@ def section(task: Task, found: Found, tuning: list[dict], drawn: dict[str, Path]
         'experiment within seeds with its 95% interval by Student\'s t; p is from the exact paired permutation test. '
         'The columns "over images" are 95% bootstrap intervals over test images. Every experiment with its own weights '
         f'has the same budget: {", ".join(map(str, candidates))} candidates with seed {tuning_seeds} on the tuning '
-        'split. The second weight of SoKD is that of DAM. "Gap closed" is the share of the difference between teacher and '
-        'student alone; "inherited start" is the student alone, started from weights of the teacher. An experiment that differs from another one in a single '
-        'change has the weights of that one. Each reported seed ran once with these weights, on test images that were '
-        'not used to choose them. [Methodology](methodology.md#experiments) says how the candidates were chosen.',
+        'split. The second weight of SoKD is that of DAM. "Gap closed" is the share of the difference between teacher '
+        'and student alone; "inherited start" is the student alone, started from weights of the teacher. An '
+        'experiment that differs from another one in a single change has the weights of that one. Each reported seed '
+        'ran once with these weights, on test images that were not used to choose them. '
+        '[Methodology](methodology.md#experiments) says how the candidates were chosen.',
         table(task, found, tuning),
         f'{len(lines)} runs, {sum(line["seconds"] for line in lines) / 3600:.1f} hours of one core; {surroundings}; '
         f'tuning: commit {", ".join(sorted({line["commit"] for line in tuning})) or "none"}.',

@@ -129,12 +129,12 @@ def page(results: list[dict]) -> str:
     """Returns the text of docs/compose.md."""
     count = {status: [each for each in results if each['status'] == status] for status in ('works', 'refused', 'bug')}
     lines = ['# Pairs of models that were tried', '',
-             f'`tools/compose_config.py --method amd` on {len(results)} pairs of configs of MMDetection and MMPretrain, without '
-             f'optional packages: {len(count["works"])} work, {len(count["refused"])} are refused with an error '
-             f'message, {len(count["bug"])} fail otherwise. *Works* means: the config is written and trained for one '
-             'step, its layers depend on the image, and the deepest of them lies in the deeper half of the backbone or '
-             'in the neck. The page is written by `python tools/dev/compose_sweep.py`, from the list in '
-             '`tools/dev/compose_pairs.txt`.', '']
+             f'`tools/compose_config.py --method amd` on {len(results)} pairs of configs of MMDetection and '
+             f'MMPretrain, without optional packages: {len(count["works"])} work, {len(count["refused"])} are '
+             f'refused with an error message, {len(count["bug"])} fail otherwise. *Works* means: the config is written '
+             'and trained for one step, its layers depend on the image, and the deepest of them lies in the deeper '
+             'half of the backbone or in the neck. The page is written by `python tools/dev/compose_sweep.py`, from '
+             'the list in `tools/dev/compose_pairs.txt`.', '']
     for status, title, last in (('bug', 'Fail', 'how'), ('refused', 'Refused', 'reason'),
                                 ('works', 'Work', 'layers (`STUDENT=TEACHER` where the names differ) and remarks')):
         if count[status]:
