@@ -108,7 +108,9 @@ def step(name, fields, teacher='the same'):
     model = MODELS.build(ConfigDict(dict(fields, type='mmkd_plugin.TeacherStudentDistill', architecture=student,
                                          teacher=teacher))).train()
     model.init_weights()
-    optim = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=1e-4)))
+    policy = {} if getattr(model.distiller, 'dafa', None) is None else dict(
+        constructor='mmkd_plugin.PolicyOptimWrapperConstructor')
+    optim = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=1e-4), **policy))
     torch.manual_seed(0)
     batch = detection_batch(size=64) if 'detector' in name else classification_batch(size=32, samples=2)
     return model.train_step(batch, optim)
