@@ -165,6 +165,10 @@ def let_constructors_see_the_student() -> None:
         if not hasattr(type(inner), 'optimised_parts'):
             return original(self, model)
         student, beside = inner.optimised_parts
+        for key in self.paramwise_cfg.get('custom_keys') or {}:
+            if key.startswith('architecture.'):
+                raise ValueError(f"optim_wrapper.paramwise_cfg.custom_keys: {key!r} names no parameter of the student. "
+                                 "Leave out 'architecture.'")
         wrapper = original(self, student)
         rules = {key: value for key, value in self.paramwise_cfg.items() if key != 'custom_keys'}
         groups = [dict(params=[parameter for parameter in beside.parameters() if parameter.requires_grad])]

@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
+from mmkd_plugin.config.distillation import check_distillation
 from mmkd_plugin.config.input_size import fixed_input_size
 from mmkd_plugin.config.iterations import check_counts_iterations
 from mmkd_plugin.config.loading import read_config
@@ -47,6 +48,8 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    if not (cfg.get('train_cfg') and cfg.get('train_dataloader') and cfg.get('optim_wrapper')):
+        raise ValueError('config: cannot be trained, expected train_cfg, train_dataloader and optim_wrapper')
     wrapper = type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
     if args.amp and wrapper != 'AmpOptimWrapper':
         if wrapper != 'OptimWrapper':
@@ -57,7 +60,7 @@ def load_config(args: argparse.Namespace) -> Config:
         else:
             cfg.optim_wrapper.type = 'mmkd_plugin.AutocastOptimWrapper'
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ValueError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
         counts = cfg.optim_wrapper.get('accumulative_counts', 1)
@@ -68,19 +71,21 @@ def load_config(args: argparse.Namespace) -> Config:
     if cfg.get('compile') and 'architecture' in cfg.model:
         raise ValueError('compile: would compile the whole step with its recorders. Remove it, and add '
                          "dict(type='mmkd_plugin.CompileStudentHook') to custom_hooks")
-    if 'max_iters' in cfg.get('train_cfg', {}):
+    if 'max_iters' in cfg.train_cfg:
         check_counts_iterations(cfg)
     if args.check_teacher:
         if 'teacher' not in cfg.model:
             raise ValueError(f'--check-teacher: model is a {cfg.model.get("type")}, which has no teacher')
-        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmkd_plugin.CheckTeacherHook')]
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmkd_plugin.CheckTeacherHook')]
     if args.trust_checkpoint and 'architecture' in cfg.model:
         cfg.model.trust_checkpoint = True
-    if str(cfg.model.get('type')).endswith('TeacherStudentDistill'):
+    if type_name(cfg.model.get('type')) == 'TeacherStudentDistill':
+        check_distillation(cfg)
         cfg.model.setdefault('input_size', fixed_input_size(cfg))
     if args.resume:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if args.resume != 'auto':
+            cfg.load_from = args.resume
     return cfg
 
 
@@ -91,13 +96,16 @@ def train(args: argparse.Namespace) -> None:
         cfg = load_config(args)
     except ValueError as error:
         sys.exit(str(error))
+    start = None
+    if args.resume == 'auto':
+        start, cfg.load_from = cfg.get('load_from'), None
     missing = missing_inputs(cfg, trust_checkpoint=args.trust_checkpoint)
     if missing:
         sys.exit('\n'.join(missing))
     add_safety_hooks(cfg)
     if cfg.get('resume'):
         try:
-            print(*resume_from(cfg, args.trust_checkpoint), sep='\n')
+            print(*resume_from(cfg, args.trust_checkpoint, start), sep='\n')
         except ValueError as error:
             sys.exit(str(error))
     else:

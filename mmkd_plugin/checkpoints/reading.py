@@ -40,14 +40,17 @@ def read_checkpoint(path: str, field: str, trust_checkpoint: bool = False) -> An
     Raises:
         ValueError: the file is missing, cannot be downloaded, is damaged, or contains more than data.
     """
+    file = None
     try:
-        content = read_file(_local_copy(path))
+        file = _local_copy(path)
+        content = read_file(file)
     except RefusedError as error:
         if not trust_checkpoint:
             raise ValueError(f'{field}: {refusal(path, error)}') from error
         return _run(path, field)
     except Exception as error:  # files, zip archives and networks raise many types
-        raise ValueError(f'{field}: cannot load {path!r} ({type(error).__name__}: {error})') from error
+        cached = f'. Delete its copy {file}, and try again' if file and '://' in path else ''
+        raise ValueError(f'{field}: cannot load {path!r} ({type(error).__name__}: {error}){cached}') from error
     return mmengine_checkpoint._process_mmcls_checkpoint(content) if path.startswith('mmcls://') else content
 
 
@@ -60,7 +63,7 @@ def _run(path: str, field: str) -> Any:
 
 
 def _local_copy(path: str) -> str:
-    """Returns the file at ``path``. A URL is downloaded to MMEngine's cache."""
+    """Returns the file at ``path``. A URL is downloaded to torch's cache."""
     scheme, is_address, name = path.partition('://')
     if not is_address:
         return str(Path(path).expanduser())
@@ -85,9 +88,19 @@ def _local_copy(path: str) -> str:
 
 
 def _download(address: str, file: Path) -> None:
+    """Downloads a file that does not exist.
+
+    Names of OpenMMLab and torchvision have a hash of the content. For other names, such as ``epoch_12.pth``, the
+    address is stored beside the file, so that the file of another address is not taken for it.
+    """
+    place, source = address.partition('?')[0], file.with_name(f'{file.name}.url')
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        if not re.search(r'-[0-9a-f]{8,}$', file.stem):
+            source.write_text(place)
         torch.hub.download_url_to_file(address, str(file), progress=sys.stderr.isatty())
+    elif source.exists() and source.read_text() != place:
+        raise ValueError(f'its copy {file} is of {source.read_text()}. Delete it, and try again')
 
 
 def read_weights(path: str, field: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:

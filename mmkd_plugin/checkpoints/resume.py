@@ -40,14 +40,14 @@ def add_safety_hooks(cfg: Config) -> None:
         checkpoint['type'] = 'mmkd_plugin.SafeCheckpointHook'
 
 
-def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
+def resume_from(cfg: Config, trust_checkpoint: bool = False, start: str | None = None) -> list[str]:
     """Sets the checkpoint that ``cfg`` resumes from, and the seed of that run if the config has none.
 
-    Without ``cfg.load_from``, this is the latest complete checkpoint in ``cfg.work_dir``. If there is none, ``cfg``
-    stays unchanged and training starts from the beginning.
+    Without ``cfg.load_from``, this is the latest complete checkpoint in ``cfg.work_dir``. If there is none, training
+    starts from the beginning, with the weights in ``start``.
 
     Returns:
-        Messages for the user: which checkpoints are damaged, and which one is used instead.
+        Messages for the user: which checkpoints are damaged, and which one is used.
 
     Raises:
         ValueError: ``cfg.load_from`` or all checkpoints in ``cfg.work_dir`` are damaged, or the checkpoint is not one
@@ -69,22 +69,21 @@ def resume_from(cfg: Config, trust_checkpoint: bool = False) -> list[str]:
             raise ValueError('\n'.join(said + [f'--resume: no complete checkpoint is left in {cfg.work_dir}. To start '
                                                'again, leave out --resume']))
         if not good:
-            return [f'--resume: no checkpoint in {cfg.work_dir} yet; training starts from the beginning']
+            cfg.load_from, cfg.resume = start, False
+            return [f'--resume: no checkpoint in {cfg.work_dir} yet; training starts from {start or "the beginning"}']
         cfg.load_from = str(good)
-        if said:
-            said.append(f'--resume: {good} is complete and is used instead')
     trust_checkpoint = trust_checkpoint or cfg.model.get('trust_checkpoint', False)
     content = read_checkpoint(cfg.load_from, '--resume', trust_checkpoint)
     _check_run(content, cfg, trust_checkpoint)
     if (cfg.get('randomness') or {}).get('seed') is None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=content['meta'].get('seed'))
-    return said
+    return [*said, f'--resume: continues {cfg.load_from}, after {content["meta"]["iter"]} iterations']
 
 
 def _check_run(content: Any, cfg: Config, trust_checkpoint: bool) -> None:
     """Raises ``ValueError`` for a file with weights that is not a checkpoint this config can resume from."""
-    start = ('To start from its weights, leave out --resume and set load_from to the file, or model.student_ckpt '
-             '(without model.inherit) if all weights must fit' if 'architecture' in cfg.model else
+    start = ('To start from its weights, leave out --resume, and set model.student_ckpt to the file and model.inherit '
+             'to []' if 'architecture' in cfg.model else
              'To start from its weights, leave out --resume and set load_from to the file')
     place = f'--resume: {cfg.load_from!r}'
     if not isinstance(content, Mapping) or not isinstance(content.get('state_dict'), Mapping):

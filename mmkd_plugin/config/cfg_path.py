@@ -3,9 +3,11 @@ import re
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hub import get_config, get_model
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import get_installed_path, is_installed
 from mmrazor.registry import MODELS as RAZOR_MODELS
 
 from ..checkpoints.guard import data_only
@@ -18,8 +20,12 @@ def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
 
     Raises:
         ValueError: the config does not exist (the message names the closest), has a name that MMEngine does not read,
-            or has no model.
+            is of a library that is not installed, has no model, or is a distillation.
     """
+    library = cfg_path.partition('::')[0] if '::' in cfg_path else None
+    if library and not is_installed(MODULE2PACKAGE.get(library, library)):  # MMEngine would install it
+        raise ValueError(f'{field}: the library {library!r} of {cfg_path!r} is not installed; '
+                         f'{closest(library, filter(is_installed, MODULE2PACKAGE))}')
     try:
         cfg = get_config(cfg_path) if '::' in cfg_path else Config.fromfile(cfg_path)
     except (FileNotFoundError, KeyError, OSError) as error:
@@ -31,6 +37,8 @@ def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
                          'with letters, digits and "_" in FOLDER. Use the path of the file instead') from error
     if 'model' not in cfg:
         raise ValueError(f'{field}: {cfg_path!r} has no model')
+    if 'architecture' in cfg.model:
+        raise ValueError(f'{field}: {cfg_path!r} is a distillation. Name the config of its student or teacher')
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return cfg
@@ -71,9 +79,12 @@ def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> 
         ValueError: ``model`` is none of these, or has options besides ``cfg_path``.
     """
     if not isinstance(model, (dict, BaseModel)):
-        raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}')
+        raise ValueError(f'{field} must be a config or a model, got {type(model).__name__}. For a config file, use '
+                         f'{field}=dict(cfg_path=...)')
     if isinstance(model, BaseModel):
         return model
+    if not (model.get('cfg_path') or model.get('type')):
+        raise ValueError(f'{field} needs type or cfg_path, got {", ".join(model) or "an empty dict"}')
     if not model.get('cfg_path') or model.get('type'):
         with data_only(trust_checkpoint):
             return RAZOR_MODELS.build(model)
@@ -86,11 +97,7 @@ def build_model(field: str, model: dict | BaseModel, trust_checkpoint: bool) -> 
 
 def _neighbours(cfg_path: str) -> list[str]:
     package, _, path = cfg_path.rpartition('::')
-    if package:
-        from mmengine.utils import get_installed_path, is_installed
-        root = Path(get_installed_path(package)) / '.mim/configs' if is_installed(package) else Path('no package')
-    else:
-        root = Path(path).parent
+    root = Path(get_installed_path(package)) / '.mim/configs' if package else Path(path).parent
     found = [file.relative_to(root).as_posix() for file in root.rglob('*.py')] if package else [
         file.as_posix() for file in root.glob('*.py')]
     return [f'{package}::{name}' if package else name for name in found]

@@ -28,10 +28,13 @@ def check_counts_iterations(cfg: Config) -> None:
         for index, scheduler in enumerate(_list(entries)):
             kind = type_name(scheduler['type'])
             by_epoch = scheduler.get('by_epoch', True) and not scheduler.get('convert_to_iter_based')
+            field = '.'.join(filter(None, ('param_scheduler', name, str(index))))
             if 'ReduceOnPlateau' not in kind and by_epoch:
-                field = '.'.join(filter(None, ('param_scheduler', name, str(index))))
                 raise ValueError(f'{field}: {kind} counts epochs, but train_cfg counts iterations, so it would never '
                                  'act. Set by_epoch=False, and its arguments to numbers of iterations')
+            if scheduler.get('convert_to_iter_based') and 'end' not in scheduler:
+                raise ValueError(f'{field}: {kind} has no end, and train_cfg counts iterations, so it would end after '
+                                 'the first epoch. Set end to a number of epochs')
 
 
 def _list(entries: dict | list | tuple) -> list | tuple:

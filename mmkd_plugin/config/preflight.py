@@ -35,7 +35,7 @@ def missing_inputs(cfg: Config, training: bool = True, trust_checkpoint: bool = 
         metrics = cfg.get(name) or []
         for metric in metrics if isinstance(metrics, list) else [metrics]:
             ann_file = metric.get('ann_file')
-            if ann_file and not metric.get('backend_args') and not Path(ann_file).exists():
+            if ann_file and not metric.get('backend_args') and '://' not in ann_file and not Path(ann_file).exists():
                 found.append(_sentence(f'{name}.ann_file', ann_file))
     if found and cfg.get('data_command'):
         found.append(f'To make this data: {cfg.data_command}')
@@ -56,6 +56,9 @@ def _sentence(option: str, path: str | Path, why: str = '') -> str:
 
 
 def _missing_data(dataset: dict, option: str) -> Iterator[str]:
+    if not isinstance(dataset, dict):
+        yield f'{option} must be a dict, got {type(dataset).__name__}. For several data sets, use ConcatDataset'
+        return
     for key in ('dataset', 'datasets'):  # wrappers such as RepeatDataset and ConcatDataset
         inner = dataset.get(key, [])
         for index, child in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
@@ -64,6 +67,8 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
     if dataset.get('backend_args') or downloads(dataset):
         return  # not on this disk, or not downloaded yet
     root = Path(dataset.get('data_root') or '')
+    if '://' in str(dataset.get('data_root')):
+        return
     if dataset.get('data_root') and not root.exists():
         yield _sentence(f'{option}.data_root', root)
         return
@@ -72,7 +77,9 @@ def _missing_data(dataset: dict, option: str) -> Iterator[str]:
     parts.update({f'{option}.data_prefix.{key}': value for key, value in prefix.items()}
                  if isinstance(prefix, dict) else {f'{option}.data_prefix': prefix})
     for name, part in parts.items():
-        if part and not (root / part).exists():
+        if isinstance(part, (list, tuple)):
+            yield f'{name} must be one path, got {len(part)}. For several data sets, use ConcatDataset'
+        elif part and '://' not in part and not (root / part).exists():
             yield _sentence(name, root / part)
 
 
@@ -97,8 +104,10 @@ def _missing_weights(cfg: Config, trust: bool) -> Iterator[str]:
 
 def _missing_of(field: str, model: dict | None, whose: str, weights: str, trust: bool) -> Iterator[str]:
     """Checks the weights that the student's or a teacher's own config starts from."""
-    if not (model or {}).get('cfg_path'):
-        yield from _missing_named(model or {}, f'model.{field}', trust)
+    if not isinstance(model, dict):
+        return  # building the model reports it
+    if not model.get('cfg_path'):
+        yield from _missing_named(model, f'model.{field}', trust)
         return
     # fields of a model by cfg_path cannot be set with --cfg-options
     for sentence in _missing_named(read_cfg_path(model.cfg_path, field).model, 'its', trust):
@@ -125,7 +134,8 @@ def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
     try:
         read_checkpoint(path, option, trust)  # downloads it once, to MMEngine's cache
     except ValueError as error:
-        if isinstance(error.__cause__, RefusedError) or '://' not in path:
+        refused = isinstance(error.__cause__, RefusedError)
+        if refused or '://' not in path or not isinstance(error.__cause__, (OSError, ValueError)):  # or damaged
             yield str(error)
         else:
             yield _sentence(option, path, f' ({error.__cause__})')

@@ -15,6 +15,7 @@ from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely, read_checkpoint
 from ..config.cfg_path import build_model, read_cfg_path
 from ..models.dummy_input import input_channels
+from ..utils import type_name
 from .cost import RawOutputs
 from .files import finished, refuse_existing
 from .sample_batch import sample_batch
@@ -35,20 +36,20 @@ def plain_config(cfg: Config) -> Config:
         if 'data_preprocessor' in cfg.model:
             student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
         cfg.model = student
-    if str(cfg.get('optim_wrapper', {}).get('constructor')).startswith('mmkd_plugin.'):
+    if _is_ours(cfg.get('optim_wrapper'), 'constructor'):
         cfg.optim_wrapper.pop('constructor')
         cfg.optim_wrapper.pop('policy', None)
         if 'student_constructor' in cfg.optim_wrapper:
             cfg.optim_wrapper.constructor = cfg.optim_wrapper.pop('student_constructor')
     if _is_ours(cfg.get('optim_wrapper')):
         cfg.optim_wrapper.type = 'OptimWrapper'  # it has the same arguments
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', []) if not _is_ours(hook)]
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_ours(hook)]
     if _is_ours(cfg.get('val_cfg')):
         cfg.val_cfg.pop('type')
     if _is_ours(cfg.get('train_cfg')):
-        cfg.train_cfg.type = cfg.train_cfg.type.removeprefix('mmkd_plugin.Unlabelled')  # the same arguments
+        cfg.train_cfg.type = type_name(cfg.train_cfg.type).removeprefix('Unlabelled')  # the same arguments
         cfg.train_cfg.pop('unlabelled_dataloader', None)
-    for name, hook in list(cfg.get('default_hooks', {}).items()):
+    for name, hook in list((cfg.get('default_hooks') or {}).items()):
         if _is_ours(hook):
             if name == 'checkpoint':
                 hook.type = 'CheckpointHook'  # it has the same arguments
@@ -57,8 +58,10 @@ def plain_config(cfg: Config) -> Config:
     return cfg
 
 
-def _is_ours(part: dict | None) -> bool:
-    return part is not None and str(part.get('type')).startswith(('mmkd_plugin.', 'mmrazor.'))
+def _is_ours(part: dict | None, key: str = 'type') -> bool:
+    kind = (part or {}).get(key)
+    name = f'{kind.__module__}.' if isinstance(kind, type) else str(kind)
+    return name.startswith(('mmkd_plugin.', 'mmrazor.'))
 
 
 def build_student(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> BaseModel:

@@ -389,9 +389,18 @@ def test_what_is_at_an_address_is_downloaded_once_and_read_the_same(server, tmp_
     for _ in range(2):
         with pytest.raises(ValueError, match='teacher_ckpt: .*/bad.pth.*refused because of .*system'):
             read_weights(f'{server}/bad.pth', 'teacher_ckpt')
-    assert not marker.exists() and {path.name for path in cache.iterdir()} == {'good.pth', 'bad.pth'}
+    assert not marker.exists() and {path.name for path in cache.glob('*.pth')} == {'good.pth', 'bad.pth'}
     with pytest.raises(ValueError, match='teacher_ckpt: cannot load .*404'):
         read_weights(f'{server}/none.pth', 'teacher_ckpt')
+    (site / 'other').mkdir()
+    write(WEIGHTS, site / 'other/good.pth')
+    with pytest.raises(ValueError, match=f'its copy .*/good.pth is of {server}/good.pth. Delete it'):
+        read_weights(f'{server}/other/good.pth', 'teacher_ckpt')
+    (cache / 'good.pth').unlink()
+    assert same(read_weights(f'{server}/other/good.pth', 'teacher_ckpt'), WEIGHTS)
+    (cache / 'good.pth').write_bytes((cache / 'good.pth').read_bytes()[:50])  # an interrupted copy
+    with pytest.raises(ValueError, match='teacher_ckpt: cannot load .*Delete its copy .*/good.pth, and try again'):
+        read_weights(f'{server}/other/good.pth', 'teacher_ckpt')
 
 
 def test_names_of_zoos_become_addresses(server, tmp_path, monkeypatch):

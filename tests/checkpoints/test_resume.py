@@ -12,7 +12,7 @@ def resume(tmp_path, content, distillation=True, **options):
     torch.save(content, tmp_path / 'x.pth')
     model = dict(architecture=dict(type='X')) if distillation else dict(type='X')
     cfg = Config(dict(model=model, work_dir=str(tmp_path), load_from=str(tmp_path / 'x.pth')))
-    assert resume_from(cfg, **options) == []
+    assert resume_from(cfg, **options) == [f'--resume: continues {tmp_path}/x.pth, after 2 iterations']
     return cfg
 
 
@@ -22,7 +22,7 @@ def test_a_run_gives_its_seed(tmp_path):
 
 
 @pytest.mark.parametrize('content, distillation, why', [
-    ({'w': torch.ones(1)}, True, 'has no state_dict, expected a training checkpoint.*load_from .*model.student_ckpt'),
+    ({'w': torch.ones(1)}, True, 'has no state_dict, expected a training checkpoint.*model.student_ckpt .*inherit'),
     ([1], True, 'has no state_dict'),
     (dict(state_dict=RUN['state_dict']), True, 'no meta.epoch, meta.iter, message_hub'),
     (dict(RUN, meta=dict(epoch=3)), True, 'no meta.iter. To start'),

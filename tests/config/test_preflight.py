@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
@@ -66,6 +68,30 @@ def test_a_data_set_that_downloads_itself_is_not_missing(tmp_path, name):
     cfg.train_dataloader.dataset.download = False
     sentence, = missing_inputs(cfg)
     assert sentence.startswith('train_dataloader.dataset.data_root not found: ')
+
+
+def test_data_in_other_storages_are_not_missing(tmp_path):
+    cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')
+    cfg.train_dataloader.dataset = dict(data_root='s3://bucket/coco/', ann_file='train.json', backend_args=None)
+    cfg.val_dataloader.dataset = dict(ann_file='s3://bucket/coco/val.json', data_prefix=dict(img='s3://bucket/val/'))
+    cfg.val_evaluator.ann_file = 's3://bucket/coco/val.json'
+    assert missing_inputs(cfg) == []
+
+
+@pytest.mark.parametrize('dataset, message', [
+    (dict(ann_file=['a.json', 'b.json']), 'train_dataloader.dataset.ann_file must be one path, got 2. .*ConcatDataset'),
+    ([dict(type='CocoDataset')], 'train_dataloader.dataset must be a dict, got list. .*ConcatDataset')])
+def test_data_sets_of_earlier_versions(tmp_path, dataset, message):
+    cfg = config(tmp_path, architecture=dict(type='X'), teacher_ckpt=f'{tmp_path}/teacher.pth')
+    cfg.train_dataloader.dataset = dataset
+    sentence, = missing_inputs(cfg)
+    assert re.match(message, sentence)
+
+
+@pytest.mark.parametrize('model', [dict(architecture='my_small.py', teacher_ckpt=None),
+                                   dict(architecture=dict(type='X'), teacher='my_big.py', allow_random_teacher=True)])
+def test_what_is_no_model_is_for_the_build_to_say(tmp_path, model):
+    assert missing_inputs(config(tmp_path, **model)) == []
 
 
 def test_student_ckpt_makes_the_backbones_weights_unneeded(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import classification_batch, classifier, detection_batch
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -30,6 +30,12 @@ from mmkd_plugin.deploy.onnx_export import export_onnx
 from mmkd_plugin.deploy.report import Report
 from mmkd_plugin.deploy.sample_batch import sample_batch
 from mmkd_plugin.deploy.student import build_student, export_student, plain_config
+from mmkd_plugin.engine import (
+    CheckTeacherHook,
+    PolicyOptimWrapperConstructor,
+    TeacherStudentValLoop,
+    UnlabelledEpochBasedTrainLoop,
+)
 
 DIGITS = Path('configs/benchmarks/digits/amd_fpn_retinanet_r18-c32_retinanet_r18-c16_digits-300.py')
 HOOKS = [dict(type='EMAHook', momentum=0.5), dict(type='mmrazor.StopDistillHook', stop_epoch=2),
@@ -450,3 +456,17 @@ def test_the_report_resizes_the_images_of_a_teacher_as_the_distillation_does(tmp
     for one, other in zip(found, expected):
         assert len(one.pred_instances) > 0
         torch.testing.assert_close(one.pred_instances.bboxes, other.pred_instances.bboxes)
+
+
+def test_types_that_are_classes_and_fields_that_are_none():
+    cfg = Config.fromfile(DIGITS)
+    cfg._cfg_dict['custom_hooks'] = [dict(type=CheckTeacherHook), dict(type=EMAHook)]
+    cfg._cfg_dict['val_cfg'] = dict(type=TeacherStudentValLoop)
+    cfg._cfg_dict['train_cfg'] = dict(type=UnlabelledEpochBasedTrainLoop, max_epochs=1, unlabelled_dataloader={})
+    cfg._cfg_dict['optim_wrapper'] = dict(constructor=PolicyOptimWrapperConstructor, policy={})
+    cfg._cfg_dict['default_hooks'] = None
+    plain = plain_config(cfg)
+    assert plain.custom_hooks == [dict(type=EMAHook)] and 'constructor' not in plain.optim_wrapper
+    assert plain.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=1) and plain.val_cfg == {}
+    cfg._cfg_dict['custom_hooks'] = None
+    assert plain_config(cfg).custom_hooks == []

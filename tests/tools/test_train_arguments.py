@@ -120,3 +120,41 @@ train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=90000, val_
             continue
         with pytest.raises(ValueError, match=message):
             load(str(config))
+
+
+def test_fields_that_are_none_are_as_good_as_missing():
+    hooks = load(check_teacher=True, cfg_options={'custom_hooks': None}).custom_hooks
+    assert [hook.type for hook in hooks] == ['mmkd_plugin.CheckTeacherHook']
+    with pytest.raises(ValueError, match='base_batch_size'):
+        load(auto_scale_lr=True, cfg_options={'auto_scale_lr': None})
+    with pytest.raises(ValueError, match='config: cannot be trained, expected train_cfg, train_dataloader and optim'):
+        load(cfg_options={'train_cfg': None})
+
+
+def test_a_preprocessor_that_would_be_ignored_is_refused():
+    with pytest.raises(ValueError, match='model.data_preprocessor: would be ignored.*model.architecture.data_prep'):
+        load(cfg_options={'model.data_preprocessor': dict(mean=[1, 2, 3])})
+    same = load().model.architecture.data_preprocessor
+    assert load(cfg_options={'model.data_preprocessor': same}).model.data_preprocessor == same
+
+
+def test_a_search_needs_a_hook_that_ends_it():
+    sokd, options = 'configs/sokd_retinanet_coco.py', {'custom_hooks': [dict(type='EMAHook')]}
+    with pytest.raises(ValueError, match="custom_hooks: has no hook that ends the search.*FreezePolicyHook"):
+        load(sokd, cfg_options=options)
+    assert load(sokd, cfg_options={**options, 'model.distiller.dafa': None})
+    assert load(cfg_options=options)
+
+
+def test_a_schedule_over_epochs_needs_an_end_in_a_loop_of_iterations(tmp_path):
+    config = tmp_path / 'a.py'
+    text = f"""_base_ = {str(Path('configs/amd_retinanet_coco.py').resolve())!r}
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=1000)
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=10000))
+param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True{{}})
+"""
+    config.write_text(text.format(''))
+    with pytest.raises(ValueError, match='param_scheduler.0: CosineAnnealingLR has no end'):
+        load(str(config))
+    config.write_text(text.format(', end=12'))
+    assert load(str(config)).param_scheduler.end == 12

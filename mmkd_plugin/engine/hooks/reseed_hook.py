@@ -30,6 +30,7 @@ class ReseedHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+    epoch_length: int | None = None  # of the run in the checkpoint, in iterations
 
     def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop
@@ -40,13 +41,21 @@ class ReseedHook(Hook):
                                       'differ from an uninterrupted one')
             return
         extra = runner.iter - runner.epoch * len(loop.dataloader)
-        if extra == len(loop.dataloader):  # saved by iteration at the end of an epoch, before MMEngine counted it
+        # saved by iteration at the end of an epoch, before MMEngine counted it
+        if extra == len(loop.dataloader) == (self.epoch_length or extra):
             loop._epoch += 1
         elif extra:
             runner.logger.warning(
                 f'Resumed after {runner.iter} iterations, which are not {runner.epoch} epochs of '
                 f'{len(loop.dataloader)}, so epoch {runner.epoch + 1} starts again. To resume exactly, save '
                 'checkpoints at the end of epochs (default_hooks.checkpoint.by_epoch=True) and keep the batch size')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if not hasattr(runner.train_loop, 'dataloader_iterator'):
+            checkpoint['meta']['epoch_length'] = len(runner.train_loop.dataloader)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.epoch_length = checkpoint.get('meta', {}).get('epoch_length')
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed(runner.seed, runner.epoch, 0)

@@ -48,7 +48,11 @@ class TeacherStudentValLoop(ValLoop):
                     metrics = evaluate_teacher(self.algorithm, self, name)
                 self.teacher_metrics.update({f'{teacher.field}.{metric}': value for metric, value in metrics.items()})
         evaluate = self.evaluator.evaluate
-        self.evaluator.evaluate = lambda size: {**evaluate(size), **self.teacher_metrics}
+
+        def evaluate_both(size: int) -> dict:
+            metrics = evaluate(size)  # empty if there are no detections; the teacher's would pass for the student's
+            return {**metrics, **self.teacher_metrics} if metrics else metrics
+        self.evaluator.evaluate = evaluate_both
         try:
             return super().run()
         finally:

@@ -1,5 +1,6 @@
 """The distillation algorithm, with a student and one or several frozen teachers."""
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -128,6 +129,10 @@ class TeacherStudentDistill(StudentParts, SingleTeacherDistill):
                 architecture.setdefault('data_preprocessor', data_preprocessor)
             data_preprocessor = None
         architecture = build_model('architecture', architecture, trust_checkpoint)
+        from mmdet.models.detectors import SemiBaseDetector
+        if isinstance(architecture, SemiBaseDetector):
+            raise ValueError(f'architecture: {type(architecture).__name__} gets several batches in a step, which is '
+                             'not supported. Use its detector alone')
         in_place = layers_in_place(architecture)  # MMRazor turns in-place operations off
 
         # The student gets the same random weights as when trained alone with the same seed.
@@ -468,7 +473,9 @@ def _after_load(model: TeacherStudentDistill, incompatible) -> None:
             + error_msgs[:20]))
     if error_msgs is None and model.is_init and model.training and any(
             teacher.inherit for teacher in model.teachers.values()):
-        print_log('inherit: repeated after the student was loaded.', logger='current')
+        modules = ', '.join(module for teacher in model.teachers.values() for module in teacher.inherit)
+        print_log(f'inherit: {modules} of the loaded student are replaced by the teacher\'s. To keep the loaded '
+                  'weights, set model.inherit=[].', logger='current', level=logging.WARNING)
         model._inherit()
 
 

@@ -2,6 +2,7 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mmengine.config import Config
@@ -9,6 +10,7 @@ from mmengine.runner import Runner
 from test_freeze_policy_hook import MODEL, POLICY, loader
 
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, is_whole, resume_from
+from mmkd_plugin.engine import ReseedHook
 from mmkd_plugin.engine.hooks.safe_checkpoint_hook import AtomicBackend, SafeCheckpointHook
 
 
@@ -59,7 +61,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         train(config(tmp_path, max_keep_ckpts=1))
     assert names(tmp_path / 'run') == ['epoch_1.pth'] and is_whole(tmp_path / 'run/epoch_1.pth')
     cfg = config(tmp_path, max_keep_ckpts=1)
-    assert resume_from(cfg) == [] and cfg.load_from == str(tmp_path / 'run/epoch_1.pth')
+    assert resume_from(cfg) == [f'--resume: continues {tmp_path}/run/epoch_1.pth, after 2 iterations']
+    assert cfg.load_from == str(tmp_path / 'run/epoch_1.pth')
     cfg.resume = True
     train(cfg)
     assert names(tmp_path / 'run') == ['epoch_3.pth']
@@ -77,7 +80,7 @@ def test_a_torn_checkpoint_is_passed_over_and_that_is_said(tmp_path):
         said = resume_from(cfg)
         assert cfg.load_from == str(work_dir / 'epoch_2.pth')
         assert len(said) == 2 and 'epoch_3.pth' in said[0] and f'({len(torn)} bytes)' in said[0]
-        assert 'epoch_2.pth is complete' in said[1]
+        assert 'continues' in said[1] and 'epoch_2.pth' in said[1]
     (work_dir / 'epoch_3.pth').unlink()
     assert 'epoch_3.pth is missing' in resume_from(config(tmp_path))[0]
     for name in ('epoch_1.pth', 'epoch_2.pth'):
@@ -90,7 +93,9 @@ def test_a_torn_checkpoint_is_passed_over_and_that_is_said(tmp_path):
 
 def test_order_seed_and_no_checkpoint_at_all(tmp_path):
     cfg = config(tmp_path)
-    assert 'training starts' in resume_from(cfg)[0] and not cfg.get('load_from')
+    assert 'training starts from the beginning' in resume_from(cfg)[0] and not cfg.get('load_from')
+    assert 'training starts from big.pth' in resume_from(cfg, start='big.pth')[0]
+    assert cfg.load_from == 'big.pth' and cfg.resume is False
     runner = train(config(tmp_path, epochs=2))
     assert [path.name for path in checkpoints_in(tmp_path / 'run')] == ['epoch_2.pth', 'epoch_1.pth']
     for randomness in (dict(seed=None), dict(deterministic=False), None):
@@ -146,3 +151,18 @@ def test_an_iteration_checkpoint_at_the_end_of_an_epoch_resumes_at_the_next(tmp_
     cfg.resume = True
     second = train(cfg)
     assert (second.epoch, second.iter) == (3, 6)
+
+
+@pytest.mark.parametrize('length, epoch, said', [(100, 2, 0), (50, 1, 1)])
+def test_an_epoch_of_another_length_is_not_counted(length, epoch, said):
+    """MMEngine counts an epoch after the hooks. Here 100 iterations were one."""
+    hook, warnings = ReseedHook(), []
+    loop = SimpleNamespace(dataloader=range(length), _epoch=1)
+    runner = SimpleNamespace(train_loop=loop, iter=100 if length == 50 else 200, epoch=1, logger=SimpleNamespace(
+        warning=warnings.append))
+    hook.after_load_checkpoint(runner, dict(meta=dict(epoch_length=100)))
+    hook.before_train(runner)
+    assert loop._epoch == epoch and len(warnings) == said
+    checkpoint = dict(meta={})
+    hook.before_save_checkpoint(runner, checkpoint)
+    assert checkpoint['meta']['epoch_length'] == length

@@ -63,6 +63,13 @@ def runner(build, tmp_path):
     DATASETS.module_dict.pop('Labelled')
 
 
+def test_without_metrics_of_the_student_there_are_none_of_the_teacher(runner, monkeypatch):
+    """CocoMetric has none without detections, and the teacher's would be taken for the best of the student."""
+    trained = runner('mmkd_plugin.TeacherStudentValLoop')
+    monkeypatch.setattr(type(trained.val_loop.evaluator), 'evaluate', lambda self, size: {})
+    assert trained.val_loop.run() == {}
+
+
 def test_both_are_evaluated_as_the_distillation_feeds_them(runner):
     trained = runner('mmkd_plugin.TeacherStudentValLoop')
     trained.train()

@@ -116,6 +116,13 @@ def test_a_distiller_without_parameters_adds_no_group(check):
     assert beside == [] and wrapper.base_param_settings is None
 
 
+def test_keys_that_name_the_student_by_its_place_are_refused(build):
+    model = build(distilled(classifier(8), dict(type='ConfigurableDistiller')), 'mmpretrain')
+    with pytest.raises(ValueError, match="custom_keys: 'architecture.backbone' names no parameter of the student"):
+        build_optim_wrapper(model, dict(optimizer=ADAMW, paramwise_cfg=dict(
+            custom_keys={'architecture.backbone': dict(lr_mult=0.1)})))
+
+
 def test_mmrazors_constructor_of_parts(build):
     model = build(distilled(classifier(8), dict(type='ConfigurableDistiller')), 'mmpretrain')
     plain = build(classifier(8), 'mmpretrain')
