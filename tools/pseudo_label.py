@@ -17,10 +17,10 @@ from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.deploy.files import finished, refuse_existing
 from mmkd_plugin.deploy.pseudo_labels import (
     IOU,
-    build_teacher,
     class_list,
     coco_annotations,
     images_in,
+    labelling_model,
     validation_threshold,
 )
 from mmkd_plugin.deploy.student import plain_config
@@ -60,7 +60,7 @@ def label(args: argparse.Namespace) -> None:
     refuse_existing('--out', args.out, args.overwrite)
     count = len(images_in(args.images))
     cfg = read_config(args.config, args.cfg_options)
-    model = build_teacher(cfg, args.teacher_ckpt, args.trust_checkpoint).to(get_device())
+    model = labelling_model(cfg, args.teacher_ckpt, args.trust_checkpoint).to(get_device())
     plain, threshold = plain_config(cfg), args.score_thr
     if threshold == 'auto':
         threshold, f1 = validation_threshold(model, plain, track_iter_progress)

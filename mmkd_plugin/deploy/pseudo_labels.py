@@ -17,9 +17,9 @@ from ..checkpoints.reading import load_completely
 from ..config.cfg_path import build_model
 from ..config.preflight import missing_data
 from ..config.teachers import names_of
-from ..models.algorithms.inherit import num_classes
 from .sample_batch import as_tested
 from .student import plain_config
+from .teacher import build_teacher
 
 ENDINGS = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 IOU = 0.5  # smallest IoU of a correct detection
@@ -31,35 +31,29 @@ class UnreadableError(ValueError):
     """A file is not an image."""
 
 
-def build_teacher(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> nn.Module:
+def labelling_model(cfg: Config, checkpoint: str, trust_checkpoint: bool = False) -> nn.Module:
     """Returns the teacher of a distillation, or the model of a plain config, with these weights, in eval mode.
 
-    A teacher without its own preprocessor gets the student's.
-
     Raises:
-        ValueError: there are several teachers, the teacher has other classes than the student, or the weights do not
-            fit.
+        ValueError: there are several teachers, the teacher lacks classes of the student, or the weights do not fit.
     """
     plain = plain_config(cfg)
-    names = names_of(cfg.model.get('teacher'))
-    if names != ['']:
-        raise ValueError(f'CONFIG: expected a single teacher, got several: {", ".join(names)}. Pass the config of the '
-                         'teacher that labels')
-    model = cfg.model.teacher if 'architecture' in cfg.model else cfg.model
-    if not model.get('cfg_path'):
-        model = dict(model)
-        preprocessor = plain.model.get('data_preprocessor') or cfg.get('data_preprocessor')
-        if preprocessor:
-            model.setdefault('data_preprocessor', preprocessor)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    teacher = build_model('model', model, trust_checkpoint)
+    if 'data_preprocessor' in plain:
+        plain.model.setdefault('data_preprocessor', plain.data_preprocessor)
+    init_default_scope(plain.get('default_scope') or 'mmengine')
+    model = build_model('model', plain.model, trust_checkpoint).eval()
     if 'architecture' in cfg.model:
-        classes = num_classes(build_model('architecture', plain.model, trust_checkpoint)), num_classes(teacher)
-        if all(classes) and not set(classes[0]) <= set(classes[1]):
-            raise ValueError(f'CONFIG: its data have the student\'s {classes[0]} classes, and the teacher has '
-                             f'{classes[1]}. Pass the config of the teacher')
-    load_completely(teacher, checkpoint, 'TEACHER_CKPT', trust_checkpoint)
-    return teacher.eval()
+        names = names_of(cfg.model.get('teacher'))
+        if names != ['']:
+            raise ValueError(f'CONFIG: expected a single teacher, got several: {", ".join(names)}. Pass the config of '
+                             'the teacher that labels')
+        try:
+            model = build_teacher(cfg, 'teacher', cfg.model.teacher, model, trust_checkpoint,
+                                  cfg.model.get('teacher_input_size'))
+        except ValueError as error:
+            raise ValueError(f'CONFIG: {error}. Pass the config of the teacher') from error
+    load_completely(model, checkpoint, 'TEACHER_CKPT', trust_checkpoint)
+    return model
 
 
 def images_in(folder: str | Path) -> list[Path]:

@@ -1,27 +1,21 @@
 """Accuracy and cost of a student, its teacher, and its exports."""
-import copy
 import io
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseDataPreprocessor, BaseModel
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.model import BaseModel
 from torch import nn
 
-from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely
-from ..config.cfg_path import build_cfg_path
 from ..config.metafile import metafile_metrics
 from ..config.teachers import teachers_in
-from ..models.algorithms.inherit import num_classes
-from ..models.algorithms.teacher_inputs import TeacherInputs
-from ..models.dummy_input import check_size
 from ..utils import in_words
 from .cost import latency, size
 from .evaluation import evaluate
 from .onnx_model import OnnxModel
 from .student import build_student, plain_config
+from .teacher import build_teacher
 
 COLUMNS = ['', 'parameters', 'FLOPs', 'latency (ms)', '95th percentile (ms)', 'file (bytes)', 'accuracy']
 LABELS = dict(teacher='teacher', baseline='student alone', student='student', onnx='ONNX', int8='ONNX, 8 bits')
@@ -110,49 +104,17 @@ class Report:
             Path(file).stat().st_size if file else _file_bytes(model)))
 
     def _add_teacher(self, name: str, config: dict, weights: str, student: BaseModel) -> None:
-        teacher = self._build_teacher(name, config).eval()
-        own, classes = num_classes(teacher), num_classes(student)
-        if own and classes and not set(classes) <= set(own):
-            raise ValueError(f'it has {own} classes and the student {classes}, so it cannot be evaluated on the same '
-                             'data')
+        size = self.cfg.model.get('teacher_input_size')
+        size = size.get(name.removeprefix('teacher.')) if isinstance(size, dict) else size
+        teacher = build_teacher(self.cfg, name, config, student, self.trust, size)
         if Path(weights).is_file():
             load_completely(teacher, weights, name.replace('teacher', 'teacher_ckpt', 1), self.trust)
         else:
             self.without_weights.add(name)
-        resized = self.cfg.model.get('teacher_input_size')
-        if isinstance(resized, dict):
-            resized = resized.get(name.removeprefix('teacher.'))
-        if resized:
-            teacher.data_preprocessor = _Resized(student.data_preprocessor, teacher.data_preprocessor, resized)
         self._add(name, teacher)
         known = metafile_metrics(str(config.get('cfg_path')))
         if known:
             self.found[name].update(accuracy=known, accuracy_from='metafile')
-
-    def _build_teacher(self, name: str, config: dict) -> BaseModel:
-        if config.get('cfg_path'):
-            return build_cfg_path(config.cfg_path, name, trust_checkpoint=self.trust)
-        preprocessor = self.plain.model.get('data_preprocessor') or self.cfg.get('data_preprocessor')
-        if preprocessor:  # as in the distillation
-            config = {'data_preprocessor': preprocessor, **config}
-        init_default_scope(self.cfg.get('default_scope') or 'mmengine')
-        with data_only(self.trust):
-            return MODELS.build(config)
-
-
-class _Resized(BaseDataPreprocessor):
-    """Preprocessor of a teacher with ``teacher_input_size``, which prepares its images as the distillation does."""
-
-    def __init__(self, student: BaseDataPreprocessor, teacher: BaseDataPreprocessor, size: object) -> None:
-        super().__init__()
-        self.student = copy.deepcopy(student)
-        self.inputs = TeacherInputs.between(student, teacher, check_size('teacher_input_size', size))
-
-    def forward(self, data: dict, training: bool = False) -> dict:
-        data = self.student(data, training)
-        images, samples = data['inputs'], data.get('data_samples')
-        own = self.inputs(images, samples)
-        return dict(data, inputs=own, data_samples=self.inputs.samples(samples, images.shape[2:], own.shape[2:]))
 
 
 def _place(found: tuple[str, dict]) -> int:

@@ -446,6 +446,7 @@ def test_the_report_resizes_the_images_of_a_teacher_as_the_distillation_does(tmp
     plain = Report(cfg, str(tmp_path / 's.pth'), batch).found['teacher']
     cfg.model.teacher_input_size = (128, 160)
     report = Report(cfg, str(tmp_path / 's.pth'), batch)
+    assert 'missing' not in report.found['teacher'], report.found['teacher']
     assert report.found['teacher']['flops'] == pytest.approx(5 * plain['flops'], rel=0.05)
     found = report.models['teacher'].test_step(batch)
     algorithm = MODELS.build(cfg.model).eval()

@@ -17,7 +17,7 @@ from mmkd_plugin.config.loading import read_config
 from mmkd_plugin.config.preflight import missing_inputs
 from mmkd_plugin.config.teachers import teachers_in
 from mmkd_plugin.deploy import cost
-from mmkd_plugin.deploy.pseudo_labels import build_teacher
+from mmkd_plugin.deploy.pseudo_labels import labelling_model
 
 CONFIG = '''
 _base_ = '{root}/configs/amd/cifar/amd-kd_backbone_wrn28-3+wrn16-3_wrn16-1_b128_cifar10.py'
@@ -112,4 +112,4 @@ def test_what_is_missing_is_named(config, tmp_path):
 
 def test_one_of_several_labels(config):
     with pytest.raises(ValueError, match='^CONFIG: expected a single teacher.*several: wrn28, wrn16'):
-        build_teacher(Config.fromfile(config[0]), 'any.pth')
+        labelling_model(Config.fromfile(config[0]), 'any.pth')

@@ -37,8 +37,8 @@ class TeacherInputs(nn.Module):
         factor, shift = std_s / std_t, (mean_s - mean_t) / std_t
         self.renormalizes = self.reverse or bool((factor != 1).any() or (shift != 0).any())
         device = getattr(getattr(student, 'mean', None), 'device', None)  # that of the batch
-        self.register_buffer('factor', factor.to(device))
-        self.register_buffer('shift', shift.to(device))
+        self.register_buffer('factor', factor.to(device), persistent=False)
+        self.register_buffer('shift', shift.to(device), persistent=False)
         self.pad_value = float(getattr(teacher, 'pad_value', 0))
         self.fills = self.renormalizes or self.pad_value != float(getattr(student, 'pad_value', 0))
         self.divisor = getattr(teacher, 'pad_size_divisor', 1)
