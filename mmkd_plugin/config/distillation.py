@@ -1,14 +1,16 @@
-"""Check of fields of a distillation's config that depend on each other."""
+"""Check of a distillation's config before anything is built."""
 from mmengine.config import Config
 
+from ..registry import HOOKS, MODELS
 from ..utils import type_name
 
 
 def check_distillation(cfg: Config) -> None:
-    """Checks the student's preprocessor, and that a hook ends the search of a policy.
+    """Checks names of types, the student's preprocessor, and that a hook ends the search of a policy.
 
     Raises:
-        ValueError: ``model.data_preprocessor`` would be ignored, or there is no such hook.
+        ValueError: a type of this package has no scope, ``model.data_preprocessor`` would be ignored, or there is no
+            such hook.
     """
     model, architecture = cfg.model, cfg.model.get('architecture')
     given = model.get('data_preprocessor')
@@ -16,12 +18,17 @@ def check_distillation(cfg: Config) -> None:
             architecture.get('cfg_path') or architecture.get('data_preprocessor', given) != given):
         raise ValueError('model.data_preprocessor: would be ignored, because the student has its own. Set '
                          'model.architecture.data_preprocessor instead')
-    distiller = model.get('distiller')
-    if not isinstance(distiller, dict):
-        return
+    distiller = model.get('distiller') if isinstance(model.get('distiller'), dict) else {}
     each = [distiller] if 'type' in distiller else [one for one in distiller.values() if isinstance(one, dict)]
-    hooks = {type_name(hook.get('type')) for hook in cfg.get('custom_hooks') or []}
-    if 'FreezePolicyHook' not in hooks and any(
+    hooks = cfg.get('custom_hooks') or []
+    for field, registry, parts in (('model', MODELS, [model]), ('model.distiller', MODELS, each),
+                                   ('custom_hooks', HOOKS, hooks)):
+        registry.import_from_location()
+        for part in parts:
+            if part.get('type') in registry.module_dict:
+                raise ValueError(f"{field}.type: {part['type']!r} is a type of this package. Write "
+                                 f"'mmkd_plugin.{part['type']}'")
+    if 'FreezePolicyHook' not in {type_name(hook.get('type')) for hook in hooks} and any(
             type_name(one.get('type')) == 'SoKDDistiller' and one.get('dafa', {}) is not None for one in each):
         raise ValueError("custom_hooks: has no hook that ends the search of DAFA's policy. Add "
                          "dict(type='mmkd_plugin.FreezePolicyHook', search_epochs=N), about a sixth of the epochs, or "

@@ -158,3 +158,11 @@ param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', by_epoch=True, c
         load(str(config))
     config.write_text(text.format(', end=12'))
     assert load(str(config)).param_scheduler.end == 12
+
+
+@pytest.mark.parametrize('options, field', [
+    ({'model.type': 'TeacherStudentDistill'}, 'model.type'), ({'model.distiller.type': 'AMDDistiller'}, 'model.dist'),
+    ({'custom_hooks': [dict(type='CheckTeacherHook')]}, 'custom_hooks.type')])
+def test_types_of_this_package_need_their_scope(options, field):
+    with pytest.raises(ValueError, match=f"^{field}.*is a type of this package. Write 'mmkd_plugin."):
+        load(cfg_options=options)
