@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 import mmkd_plugin  # noqa: F401  makes MMRazor importable
 from mmkd_plugin.checkpoints.guard import data_only
 from mmkd_plugin.checkpoints.resume import add_safety_hooks, checkpoints_in, resume_from
+from mmkd_plugin.config.classes import other_classes
 from mmkd_plugin.config.distillation import check_distillation
 from mmkd_plugin.config.input_size import fixed_input_size
 from mmkd_plugin.config.iterations import check_counts_iterations
@@ -102,6 +103,9 @@ def train(args: argparse.Namespace) -> None:
     missing = missing_inputs(cfg, trust_checkpoint=args.trust_checkpoint)
     if missing:
         sys.exit('\n'.join(missing))
+    if 'architecture' in cfg.model:
+        for sentence in other_classes(cfg, args.trust_checkpoint):
+            print(sentence)
     add_safety_hooks(cfg)
     if cfg.get('resume'):
         try:

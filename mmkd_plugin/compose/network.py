@@ -7,7 +7,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..config.cfg_path import read_cfg_path
-from ..config.datasets import dataset_class, wrapped
+from ..config.classes import class_names
 from ..models.algorithms.inherit import num_classes
 from ..models.area_detectors.heatmap_anchor import level_stride
 from ..models.dummy_input import input_channels
@@ -245,15 +245,6 @@ class Network:
         names = [name for name, output in outputs.items() if read and output is read[0]]
         return min(names, key=lambda name: name.count('.')) if len(read) == 1 and names else None
 
-    def class_names(self) -> tuple[str, ...] | None:
-        """Returns the class names of the training data, or None if the config does not have them."""
-        *_, dataset = {}, *wrapped((self.cfg.get('train_dataloader') or {}).get('dataset'))
-        names = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')  # `classes` is MMPretrain's
-        if names is None:
-            kind = dataset_class(dataset, self.cfg.get('default_scope'))
-            names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
-        return tuple(names) if isinstance(names, (list, tuple)) else None
-
 
 def read_plain(name: str, field: str) -> Config:
     """Returns the config of a plain model.
@@ -280,7 +271,7 @@ def read_plain(name: str, field: str) -> Config:
 
 def same_classes(student: Network, teacher: Network) -> bool:
     """Whether both have the same number of classes and, if known, the same class names."""
-    names = student.class_names(), teacher.class_names()
+    names = class_names(student.cfg), class_names(teacher.cfg)
     return student.classes == teacher.classes and (None in names or names[0] == names[1])
 
 

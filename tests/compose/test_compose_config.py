@@ -15,6 +15,7 @@ from mmkd_plugin.compose.composer import make_plan
 from mmkd_plugin.compose.network import Network
 from mmkd_plugin.compose.wiring import propose_inherit, propose_layers
 from mmkd_plugin.config.cfg_path import build_cfg_path, read_cfg_path
+from mmkd_plugin.config.classes import class_names
 from mmkd_plugin.deploy.student import plain_config
 from mmkd_plugin.utils import in_words
 
@@ -210,11 +211,11 @@ def test_names_of_classes(tmp_path):
         return Network(write(tmp_path / name, classifier(8), 'mmpretrain', train_dataloader=dict(dataset=dataset)), 'X')
     for given in (dict(type='CustomDataset', classes=['b', 'a']), dict(type='CustomDataset', metainfo=dict(
             classes=['b', 'a']))):
-        assert network('s.py', **given).class_names() == ('b', 'a')
-    assert network('s.py', type='CIFAR10').class_names()[0] == 'airplane'
+        assert class_names(network('s.py', **given).cfg) == ('b', 'a')
+    assert class_names(network('s.py', type='CIFAR10').cfg)[0] == 'airplane'
     teacher = network('s.py', type='CustomDataset')
     teacher.cfg.train_dataloader.dataset.type = CIFAR10  # as in configs in the pure Python style
-    assert teacher.class_names()[0] == 'airplane'
+    assert class_names(teacher.cfg)[0] == 'airplane'
 
 
 def transformer(**options):
