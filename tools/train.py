@@ -80,7 +80,7 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmkd_plugin.CheckTeacherHook')]
     if args.trust_checkpoint and 'architecture' in cfg.model:
         cfg.model.trust_checkpoint = True
-    if type_name(cfg.model.get('type')) == 'TeacherStudentDistill':
+    if type_name(cfg.model.get('type')).endswith('TeacherStudentDistill'):
         check_distillation(cfg)
         cfg.model.setdefault('input_size', fixed_input_size(cfg))
     if args.resume:
@@ -97,9 +97,19 @@ def train(args: argparse.Namespace) -> None:
         cfg = load_config(args)
     except ValueError as error:
         sys.exit(str(error))
-    start = None
-    if args.resume == 'auto':
-        start, cfg.load_from = cfg.get('load_from'), None
+    if cfg.get('resume'):
+        start = None
+        if args.resume == 'auto':
+            start, cfg.load_from = cfg.get('load_from'), None
+        try:
+            for sentence in resume_from(cfg, args.trust_checkpoint, start):
+                print(sentence)
+        except ValueError as error:
+            sys.exit(str(error))
+    else:
+        earlier = checkpoints_in(Path(cfg.work_dir))
+        if earlier:
+            print(f'{earlier[0]} and other files of an earlier run will be overwritten. To continue it, use --resume')
     missing = missing_inputs(cfg, trust_checkpoint=args.trust_checkpoint)
     if missing:
         sys.exit('\n'.join(missing))
@@ -107,15 +117,6 @@ def train(args: argparse.Namespace) -> None:
         for sentence in other_classes(cfg, args.trust_checkpoint):
             print(sentence)
     add_safety_hooks(cfg)
-    if cfg.get('resume'):
-        try:
-            print(*resume_from(cfg, args.trust_checkpoint, start), sep='\n')
-        except ValueError as error:
-            sys.exit(str(error))
-    else:
-        earlier = checkpoints_in(Path(cfg.work_dir))
-        if earlier:
-            print(f'{earlier[0]} and other files of an earlier run will be overwritten. To continue it, use --resume')
     with data_only(args.trust_checkpoint or cfg.model.get('trust_checkpoint', False)):
         Runner.from_cfg(cfg).train()
 

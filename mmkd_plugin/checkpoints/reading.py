@@ -1,4 +1,5 @@
 """Reading weights from files and URLs, and loading them strictly."""
+import hashlib
 import re
 import sys
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ _ZOOS = {
 def read_checkpoint(path: str, field: str, trust_checkpoint: bool = False) -> Any:
     """Returns the content of a file, with tensors on the CPU, without running code in it.
 
-    :mod:`.unpickler` lists what the file may contain. A URL is downloaded once, to MMEngine's cache.
+    :mod:`.unpickler` lists what the file may contain. A URL is downloaded once, to torch's cache.
 
     Args:
         path: a file, or a URL that MMEngine can load.
@@ -77,7 +78,7 @@ def _local_copy(path: str) -> str:
             return str(Path(mmengine_checkpoint._get_mmengine_home(), path))
     elif scheme not in ('http', 'https'):
         raise RefusedError(f'{scheme}://, a scheme that only MMEngine\'s own loader reads')
-    file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(path).path).name)
+    file = _cached(path)
     try:
         if get_rank() == 0:
             _download(path, file)
@@ -87,20 +88,34 @@ def _local_copy(path: str) -> str:
     return str(file)
 
 
-def _download(address: str, file: Path) -> None:
-    """Downloads a file that does not exist.
+def _cached(address: str) -> Path:
+    """Returns the file of an address in torch's cache.
 
-    Names of OpenMMLab and torchvision have a hash of the content. For other names, such as ``epoch_12.pth``, the
-    address is stored beside the file, so that the file of another address is not taken for it.
+    Names of OpenMMLab and torchvision have a hash of the content. Beside a file of another name, such as
+    ``epoch_12.pth``, is its address, so that a second address with this name gets a file of its own.
     """
-    place, source = address.partition('?')[0], file.with_name(f'{file.name}.url')
+    path = Path(urlparse(address).path)
+    file, place = Path(torch.hub.get_dir(), 'checkpoints', path.name), _place(address)
+    if _source(file).exists() and _source(file).read_text() != place:
+        return file.with_stem(f'{file.stem}-{hashlib.sha256(place.encode()).hexdigest()[:8]}')
+    return file
+
+
+def _place(address: str) -> str:
+    """Returns an address without its query, which may be a signature, if it has the name of a file."""
+    return address.partition('?')[0] if Path(urlparse(address).path).suffix else address
+
+
+def _source(file: Path) -> Path:
+    return file.with_name(f'{file.name}.url')
+
+
+def _download(address: str, file: Path) -> None:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         if not re.search(r'-[0-9a-f]{8,}$', file.stem):
-            source.write_text(place)
+            _source(file).write_text(_place(address))
         torch.hub.download_url_to_file(address, str(file), progress=sys.stderr.isatty())
-    elif source.exists() and source.read_text() != place:
-        raise ValueError(f'its copy {file} is of {source.read_text()}. Delete it, and try again')
 
 
 def read_weights(path: str, field: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:

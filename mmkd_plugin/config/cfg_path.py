@@ -12,7 +12,7 @@ from mmrazor.registry import MODELS as RAZOR_MODELS
 
 from ..checkpoints.guard import data_only
 from ..checkpoints.reading import load_completely
-from ..utils import closest
+from ..utils import closest, type_name
 
 
 def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
@@ -20,7 +20,7 @@ def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
 
     Raises:
         ValueError: the config does not exist (the message names the closest), has a name that MMEngine does not read,
-            is of a library that is not installed, has no model, or is a distillation.
+            is of a library that is not installed, or has no plain model.
     """
     library = cfg_path.partition('::')[0] if '::' in cfg_path else None
     if library and not is_installed(MODULE2PACKAGE.get(library, library)):  # MMEngine would install it
@@ -38,7 +38,8 @@ def read_cfg_path(cfg_path: str, field: str = 'cfg_path') -> Config:
     if 'model' not in cfg:
         raise ValueError(f'{field}: {cfg_path!r} has no model')
     if 'architecture' in cfg.model:
-        raise ValueError(f'{field}: {cfg_path!r} is a distillation. Name the config of its student or teacher')
+        raise ValueError(f'{field}: {cfg_path!r} is a {type_name(cfg.model.get("type"))} with a model inside. Name the '
+                         'config of the plain model')
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return cfg

@@ -13,7 +13,7 @@ def wrapped(dataset: dict | None) -> Iterator[dict]:
     while dataset:
         yield dataset
         inner = dataset.get('dataset') or dataset.get('datasets')
-        dataset = inner[0] if isinstance(inner, (list, tuple)) else inner
+        dataset = next(iter(inner), None) if isinstance(inner, (list, tuple)) else inner
 
 
 def pipeline_of(dataset: dict | None) -> list[dict]:

@@ -7,7 +7,6 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from ..checkpoints.reading import read_checkpoint
-from ..checkpoints.unpickler import RefusedError
 from .cfg_path import read_cfg_path
 from .datasets import downloads
 from .teachers import teachers_in
@@ -132,10 +131,7 @@ def _missing_file(path: str, option: str, trust: bool) -> Iterator[str]:
         yield _sentence(option, path)
         return
     try:
-        read_checkpoint(path, option, trust)  # downloads it once, to MMEngine's cache
+        read_checkpoint(path, option, trust)  # downloads it once, to torch's cache
     except ValueError as error:
-        refused = isinstance(error.__cause__, RefusedError)
-        if refused or '://' not in path or not isinstance(error.__cause__, (OSError, ValueError)):  # or damaged
-            yield str(error)
-        else:
-            yield _sentence(option, path, f' ({error.__cause__})')
+        cannot_download = '://' in path and isinstance(error.__cause__, OSError)
+        yield _sentence(option, path, f' ({error.__cause__})') if cannot_download else str(error)

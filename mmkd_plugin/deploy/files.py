@@ -36,7 +36,8 @@ def finished(option: str, path: str | Path, overwrite: bool = False) -> Iterator
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        is_ours = error.filename is None or Path(error.filename) in {path, unfinished, *path.parents}
+        ours = {os.path.abspath(each) for each in (path, unfinished, *path.parents)}
+        is_ours = not isinstance(error.filename, str) or os.path.abspath(error.filename) in ours
         if error.errno not in _DISK or not is_ours:
             raise
         raise ValueError(f'{option}: cannot write {str(path)!r}: {error.strerror}. No file was written') from error

@@ -47,8 +47,9 @@ def plain_config(cfg: Config) -> Config:
     if _is_ours(cfg.get('val_cfg')):
         cfg.val_cfg.pop('type')
     if _is_ours(cfg.get('train_cfg')):
-        cfg.train_cfg.type = type_name(cfg.train_cfg.type).removeprefix('Unlabelled')  # the same arguments
-        cfg.train_cfg.pop('unlabelled_dataloader', None)
+        cfg.train_cfg.type = type_name(cfg.train_cfg.type).removeprefix('Unlabelled').removeprefix('Darts')
+        for second in ('unlabelled_dataloader', 'mutator_dataloader'):  # the other arguments are the same
+            cfg.train_cfg.pop(second, None)
     for name, hook in list((cfg.get('default_hooks') or {}).items()):
         if _is_ours(hook):
             if name == 'checkpoint':

@@ -10,10 +10,11 @@ Derive = Callable[[Tensor], Tensor]
 
 
 def derive(x: Tensor, function: Derive) -> Tensor:
-    """Returns ``function(x)``, whose origin is that of ``x``."""
+    """Returns ``function(x)``, whose origin is that of ``x`` if it has a gradient."""
     output, earlier = origin(x)
     derived = function(x)
-    derived.origin = output, lambda gradient: function(earlier(gradient))
+    if x.requires_grad:
+        derived.origin = output, lambda gradient: function(earlier(gradient))
     return derived
 
 

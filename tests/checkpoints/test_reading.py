@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import runpy
 import struct
 import subprocess
@@ -393,14 +394,15 @@ def test_what_is_at_an_address_is_downloaded_once_and_read_the_same(server, tmp_
     with pytest.raises(ValueError, match='teacher_ckpt: cannot load .*404'):
         read_weights(f'{server}/none.pth', 'teacher_ckpt')
     (site / 'other').mkdir()
-    write(WEIGHTS, site / 'other/good.pth')
-    with pytest.raises(ValueError, match=f'its copy .*/good.pth is of {server}/good.pth. Delete it'):
-        read_weights(f'{server}/other/good.pth', 'teacher_ckpt')
-    (cache / 'good.pth').unlink()
-    assert same(read_weights(f'{server}/other/good.pth', 'teacher_ckpt'), WEIGHTS)
-    (cache / 'good.pth').write_bytes((cache / 'good.pth').read_bytes()[:50])  # an interrupted copy
-    with pytest.raises(ValueError, match='teacher_ckpt: cannot load .*Delete its copy .*/good.pth, and try again'):
-        read_weights(f'{server}/other/good.pth', 'teacher_ckpt')
+    others = {key: value + 1 for key, value in WEIGHTS.items()}
+    write(others, site / 'other/good.pth')
+    assert same(read_weights(f'{server}/other/good.pth', 'teacher_ckpt'), others)
+    assert same(read_weights(f'{server}/good.pth', 'teacher_ckpt'), WEIGHTS)
+    for content in ((cache / 'good.pth').read_bytes()[:50], b'<html>'):  # an interrupted copy, an error page
+        (cache / 'good.pth').write_bytes(content)
+        cfg = Config(dict(model=dict(architecture=dict(type='X'), teacher_ckpt=f'{server}/good.pth')))
+        sentence, = missing_inputs(cfg)
+        assert re.match('model.teacher_ckpt: cannot load .*Delete its copy .*/good.pth, and try again', sentence)
 
 
 def test_names_of_zoos_become_addresses(server, tmp_path, monkeypatch):

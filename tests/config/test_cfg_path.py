@@ -21,6 +21,6 @@ def test_what_is_no_model_is_answered_with_what_is(tmp_path):
     for model, message in (
             ('my_big.py', r'teacher must be a config or a model, got str. .* use teacher=dict\(cfg_path=...\)'),
             (dict(config='my_big.py'), 'teacher needs type or cfg_path, got config'), ({}, 'got an empty dict'),
-            (dict(cfg_path=str(distillation)), "teacher: '.*d.py' is a distillation. Name the config of its student")):
+            (dict(cfg_path=str(distillation)), "teacher: '.*d.py' is a TeacherStudentDistill with a model inside.")):
         with pytest.raises(ValueError, match=message):
             build_model('teacher', model, False)

@@ -469,5 +469,7 @@ def test_types_that_are_classes_and_fields_that_are_none():
     plain = plain_config(cfg)
     assert plain.custom_hooks == [dict(type=EMAHook)] and 'constructor' not in plain.optim_wrapper
     assert plain.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=1) and plain.val_cfg == {}
+    cfg._cfg_dict['train_cfg'] = dict(type='mmrazor.DartsEpochBasedTrainLoop', max_epochs=1, mutator_dataloader={})
+    assert plain_config(cfg).train_cfg == plain.train_cfg
     cfg._cfg_dict['custom_hooks'] = None
     assert plain_config(cfg).custom_hooks == []

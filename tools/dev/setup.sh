@@ -56,7 +56,7 @@ else
     if [ -n "$CUDA" ] && ! "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" --version 2>/dev/null | grep -q "release $CUDA\."; then
         say "There is a GPU, but no nvcc of torch's CUDA version, $CUDA. The ops are compiled for the CPU alone, and" \
             "detectors will not train on the GPU. To change this, put nvcc on the PATH or set CUDA_HOME, run" \
-            "'$BIN/python -m pip cache remove *mmcv*', remove $VENV and run this again"
+            "$BIN/python -m pip cache remove '*mmcv*', remove $VENV, and run this again"
         export CUDA_VISIBLE_DEVICES=
     fi
     MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} pip_install --no-build-isolation $MMCV

@@ -55,7 +55,7 @@ class ReseedHook(Hook):
             checkpoint['meta']['epoch_length'] = len(runner.train_loop.dataloader)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        self.epoch_length = checkpoint.get('meta', {}).get('epoch_length')
+        self.epoch_length = (checkpoint.get('meta') or {}).get('epoch_length')
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed(runner.seed, runner.epoch, 0)
