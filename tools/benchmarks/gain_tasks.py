@@ -159,7 +159,7 @@ def bccd() -> Task:
         mgd_auto=by("MGD, weight 'auto'", measured(neck, 'mgd'), base='mgd'))
     return Task('BCCD, RetinaNet R18 of width 32 to width 16', BCCD, 'configs/benchmarks/bccd',
                 'retinanet_r18-c32_bccd', 'coco/bbox_mAP', 'AP (%)', 100.0, experiments,
-                ('sokd_pkd', 'sokd_fitnet', 'pkd_amd', 'fitnet_amd'))
+                ('pkd_crosskd', 'sokd_pkd', 'sokd_fitnet', 'pkd_amd', 'fitnet_amd'))
 
 
 def bccd_mobilenet() -> Task:
