@@ -116,7 +116,7 @@ def bccd() -> Task:
         student=Experiment('student alone', student),
         inherited=Experiment('inherited start', config, 'student'),
         fitnet=by('FitNet', feature(neck, 'fitnet'), one(2.0, 0.7, 6.0, 20.0), seeds=CLAIM),
-        at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0), seeds=CLAIM),
+        at=by('AT', feature(neck, 'at'), one(100.0, 30.0, 300.0, 1000.0)),
         pkd=by('PKD', feature(neck, 'pkd'), one(30.0, 10.0, 60.0, 120.0), seeds=CLAIM),
         cwd=by('CWD', feature(neck, 'cwd'), one(10.0, 3.0, 30.0, 100.0)),
         mgd=by('MGD', feature(neck, 'mgd'), one(3e-4, 1e-4, 1e-3, 3e-3)),
@@ -127,8 +127,7 @@ def bccd() -> Task:
         amd_paper=by('AMD, paper form', feature(neck, 'amd'), one(10.0, 1.0, 100.0, 1000.0), 'at'),
         amd_global=by('AMD, scale-free', feature(neck, dict(
             preset='amd-scale-free', loss=dict(local_grid=1))), base='at', weights_of='amd'),
-        amd=by('AMD, scale-free, global + local', feature(neck, 'amd-scale-free'), one(1.0, 0.3, 3.0, 10.0), 'at',
-               seeds=CLAIM),
+        amd=by('AMD, scale-free, global + local', feature(neck, 'amd-scale-free'), one(1.0, 0.3, 3.0, 10.0), 'at'),
         pkd_amd=by('PKD + AMD', feature(neck, 'pkd', 'amd-scale-free'), grid((30.0, 60.0), (1.0, 0.3)), 'pkd',
                    seeds=CLAIM),
         # FitNet was tuned first: 6 and 20 are its best two weights
