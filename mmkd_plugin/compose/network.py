@@ -261,8 +261,6 @@ def read_plain(name: str, field: str) -> Config:
             raise error
     if not isinstance(cfg.model, dict):
         raise ValueError(f'{field}: model of {name!r} must be a dict, got {type(cfg.model).__name__}')
-    if 'architecture' in cfg.model:
-        raise ValueError(f'{field}: {name!r} is already a distillation. Name the config of the plain model')
     if 'teacher_config' in cfg.model:
         raise ValueError(f'{field}: {name!r} ({cfg.model.get("type")}) has a teacher of its own in teacher_config. '
                          'Name the config of the plain student')

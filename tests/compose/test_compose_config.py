@@ -503,7 +503,7 @@ def test_weights_that_could_run_code_are_loaded_on_trust_only(tmp_path):
           teacher='mmpretrain::hivit/hivit-small-p16_16xb64_in1k.py'), 'does not run on one image of 224 x 224, .*'),
     (dict(student='mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py'),
      'STUDENT: MMEngine does not read the name .*gn.*Use the path of the file'),
-    (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is already a distillation'),
+    (dict(student='configs/amd_retinanet_coco.py'), 'STUDENT: .* is a TeacherStudentDistill with a model inside'),
     (dict(student='mmpretrain::simclr/simclr_resnet50_8xb32-coslr-200e_in1k.py'),
      'STUDENT: .*SimCLR, expected a detector'),
     (dict(student='TMP/no_training.py'), 'cannot be trained, it has no train_cfg, optim_wrapper'),
