@@ -34,7 +34,7 @@ class AutoWeight(nn.Module):
     iterations and all processes. It is used from the second of these iterations on. If the base's connector has
     parameters, it is first trained for ``warmup`` iterations on maps detached from the student, because the gradient
     through an untrained connector is not typical of the base. An iteration in which a gradient is zero or not finite
-    does not change the weight.
+    counts as the current weight.
 
     The weight and the progress are buffers, so checkpoints have them and a resumed run continues the measurement.
 
